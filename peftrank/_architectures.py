@@ -1,0 +1,105 @@
+"""What is known about each supported architecture: layers, positions, masks.
+
+Only `base` uses this. An architecture is listed once its hidden states under a prompt tree's mask
+were checked against its ordinary forward (tests/test_base.py does so for each).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from peftrank.errors import BaseModelError
+
+DECODERS = ("gemma", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+ENCODERS = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
+_ROBERTA = ("camembert", "roberta", "xlm-roberta")
+POOLED = ("bert", *_ROBERTA)
+_LAYERED_MASKS = ("gemma3_text", "qwen2", "qwen3", "smollm3")
+_REFUSED = {
+    "gemma2": "its soft-capped attention is not computed by scaled-dot-product attention",
+    "mpnet": "its attention bias needs positions counted by place, not by depth in the tree",
+    "t5": "encoder-decoder models are not supported",
+    "bart": "encoder-decoder models are not supported",
+    "mamba": "a state-space model has no attention mask to carry a prompt tree",
+    "mamba2": "a state-space model has no attention mask to carry a prompt tree",
+}
+
+
+def check_architecture(name: str, config: Mapping[str, Any]) -> str:
+    """Returns the model type of a config.
+
+    Args:
+        name: The base's name, for the error.
+        config: The content of its config.json.
+
+    Raises:
+        BaseModelError: the type is not supported; the message says why and what is.
+    """
+    kind = config.get("model_type")
+    supported = kind in DECODERS or kind in ENCODERS
+    if supported and not config.get("use_bidirectional_attention"):
+        return cast(str, kind)
+    reason = _REFUSED.get(str(kind), "its attention was not checked under a prompt tree's mask")
+    if supported:
+        reason = "its config asks for bidirectional attention in a decoder"
+    raise BaseModelError(
+        f"base {name!r} has the architecture {kind!r}: {reason}. Supported: decoders "
+        f"({', '.join(DECODERS)}) and encoders ({', '.join(ENCODERS)})."
+    )
+
+
+def blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """Returns the transformer blocks, first to last."""
+    inner = model.base_model  # the module inside a causal-LM class, and an encoder itself
+    kind = model.config.model_type
+    if kind in DECODERS:
+        return cast(nn.ModuleList, inner.layers)
+    return cast(nn.ModuleList, (inner.transformer if kind == "distilbert" else inner.encoder).layer)
+
+
+def max_depth(config: PretrainedConfig) -> int:
+    """Returns the number of positions a model was made for, counted from 0."""
+    values = config.to_dict()
+    depth = int(values["max_position_embeddings"])
+    if values["model_type"] in _ROBERTA:
+        return depth - int(values["pad_token_id"]) - 1
+    rope = values.get("rope_parameters") or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond this the frequencies of a whole batch switch with its deepest token.
+        return min(depth, int(rope["original_max_position_embeddings"]))
+    return depth
+
+
+def positions(config: PretrainedConfig, position_ids: Tensor) -> Tensor:
+    """Returns depths from 0 as the model's own position ids."""
+    if config.model_type in _ROBERTA:  # their position table starts after the padding index
+        return position_ids + config.pad_token_id + 1
+    return position_ids
+
+
+def layer_masks(
+    config: PretrainedConfig, mask: Tensor, position_ids: Tensor
+) -> Tensor | dict[str, Tensor]:
+    """Returns the mask, or masks by layer type, as the model's forward takes them.
+
+    Args:
+        config: The model's config.
+        mask: (R, 1, T, T) additive.
+        position_ids: (R, T) depths.
+    """
+    kind = config.model_type
+    window = config.sliding_window if kind in (*_LAYERED_MASKS, "mistral", "phi3") else None
+    if window is None:
+        return mask
+    # Transformers uses a 4-D mask as it is, in sliding layers too. Depth differences on a path
+    # are token distances, so the window can be applied exactly here.
+    far = position_ids.unsqueeze(2) - position_ids.unsqueeze(1) >= window
+    near = mask.masked_fill(far.unsqueeze(1), torch.finfo(mask.dtype).min)
+    if kind in _LAYERED_MASKS:
+        return {"full_attention": mask, "sliding_attention": near}
+    return near

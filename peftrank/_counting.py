@@ -1,0 +1,181 @@
+"""Exact counts over the training part: of items, and of pairs of items in one user's sequence.
+
+Two rules decide what a slate may see. As of time: only events strictly before the slate. As of
+part: the whole training part except the slate's own user. All counts are integers (weights are in
+units of 1/1024), because removing a user from float sums leaves a residue that tells a target
+nobody else ever chose from an item nobody chose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from peftrank._lists import Floats, Ints, Sequences
+
+UNIT = 1024
+"""Fixed-point weights: 1024 is one."""
+WINDOW = 50
+"""Items of one sequence further apart than this are no pair, so long sequences stay linear."""
+
+
+class EventCounts:
+    """Counts of events by key, at any time."""
+
+    def __init__(self, key: Ints, rank: Ints, weights: tuple[Ints, ...] = ()) -> None:
+        """Sorts the events once.
+
+        Args:
+            key: (E,) what is counted.
+            rank: (E,) time of the event as a rank >= 0.
+            weights: further columns that are summed, (E,) each.
+        """
+        order = np.lexsort((rank, key))
+        self.keys, self._start = np.unique(key[order], return_index=True)
+        self._start = np.append(self._start, len(key))
+        self._ranks = int(rank.max(initial=0)) + 2
+        position = np.searchsorted(self.keys, key[order])
+        self._composite = position * self._ranks + rank[order]
+        self._rank = rank[order]
+        zero = np.zeros(1, np.int64)
+        self._sums = [np.concatenate((zero, np.cumsum(w[order]))) for w in weights]
+
+    def before(self, key: Ints, rank: Ints) -> list[Ints]:
+        """Returns the count, then the sum of each weight, of events with a smaller rank."""
+        low, high = self._range(key, rank)
+        return [high - low, *(total[high] - total[low] for total in self._sums)]
+
+    def first(self, key: Ints, rank: Ints) -> Ints:
+        """Returns the rank of the first event before `rank`, -1 if there is none."""
+        low, high = self._range(key, rank)
+        return self._at(low, high > low)
+
+    def last(self, key: Ints, rank: Ints) -> Ints:
+        """Returns the rank of the last event before `rank`, -1 if there is none."""
+        low, high = self._range(key, rank)
+        return self._at(high - 1, high > low)
+
+    def _at(self, index: Ints, known: np.ndarray) -> Ints:
+        if not len(self._rank):
+            return np.full(len(index), -1, np.int64)
+        return np.where(known, self._rank[np.where(known, index, 0)], -1)
+
+    def _range(self, key: Ints, rank: Ints) -> tuple[Ints, Ints]:
+        if not len(self.keys):
+            zero = np.zeros(len(key), np.int64)
+            return zero, zero
+        position = np.minimum(np.searchsorted(self.keys, key), len(self.keys) - 1)
+        known = self.keys[position] == key
+        wanted = position * self._ranks + np.minimum(rank, self._ranks - 1)
+        low = self._start[position]
+        high = np.searchsorted(self._composite, wanted)
+        return np.where(known, low, 0), np.where(known, high, 0)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a slate may know about (history item, candidate) pairs; (P,) each."""
+
+    forward: Ints
+    """Users who met the candidate after the history item."""
+    backward: Ints
+    near: Ints
+    """`forward`, each user weighted by 1/gap, in units of 1/1024."""
+    light: Ints
+    """Both directions, each user weighted by 1/(length - 1), in units of 1/1024."""
+
+
+class Statistics:
+    """The training part, ready to be asked what a slate may know.
+
+    A user counts an item once, at its first occurrence.
+    """
+
+    def __init__(self, train: Sequences, items: int, *, timed: bool) -> None:
+        self.items = items
+        self.timed = timed
+        self.user, self.item, self.time, self.position = _first_occurrences(train, items)
+        self.users = len(train.start) - 1
+        self.length = np.bincount(self.user, minlength=self.users)
+        self.moments = np.unique(self.time) if timed else np.zeros(1)
+        rank = np.searchsorted(self.moments, self.time) if timed else np.zeros_like(self.item)
+        self.rank = rank
+        own = self.user * items + self.item
+        self._own_order = np.argsort(own, kind="stable")
+        self._own = own[self._own_order]
+        depth = self.position * UNIT // np.maximum(self.length[self.user] - 1, 1)
+        self.popularity = EventCounts(self.item, rank, (depth,))
+        started = np.zeros_like(self.user[self.position == 0])
+        self.started = EventCounts(started, rank[self.position == 0])
+        self._pairs: EventCounts | None = None
+
+    def rank_of(self, time: Floats) -> Ints:
+        """Returns the rank of slates in time: events with a smaller rank are known to them."""
+        if not self.timed:
+            return np.ones(len(time), np.int64)
+        return np.searchsorted(self.moments, time).astype(np.int64)
+
+    def own_position(self, user: Ints, item: Ints) -> Ints:
+        """Returns where the item stands in the user's own training sequence, -1 if it does not."""
+        if self.timed or not len(self._own):
+            return np.full(len(item), -1, np.int64)
+        key = user * self.items + item
+        place = np.minimum(np.searchsorted(self._own, key), len(self._own) - 1)
+        known = (self._own[place] == key) & (user >= 0)
+        return np.where(known, self.position[self._own_order[place]], -1)
+
+    def counts(self, user: Ints, item: Ints, rank: Ints) -> tuple[Ints, Ints]:
+        """Returns how many other users met the item, and the sum of its depths in 1/1024."""
+        count, depth = self.popularity.before(item, rank)
+        own = self.own_position(user, item)
+        share = own * UNIT // np.maximum(self._length(user) - 1, 1)
+        return count - (own >= 0), depth - np.where(own >= 0, share, 0)
+
+    def pairs(self, user: Ints, first: Ints, second: Ints, rank: Ints) -> Pairs:
+        """Returns what is known about history items `first` and candidates `second`."""
+        if self._pairs is None:
+            self._pairs = self._pair_counts()
+        forward, near, light = self._pairs.before(first * self.items + second, rank)
+        backward, _, back_light = self._pairs.before(second * self.items + first, rank)
+        light = light + back_light
+        if not self.timed:
+            a, b = self.own_position(user, first), self.own_position(user, second)
+            gap = np.where((a >= 0) & (b >= 0), b - a, 0)
+            gap = np.where(np.abs(gap) <= WINDOW, gap, 0)
+            weight = UNIT // np.maximum(self._length(user) - 1, 1)
+            forward = forward - (gap > 0)
+            backward = backward - (gap < 0)
+            near = near - np.where(gap > 0, UNIT // np.maximum(gap, 1), 0)
+            light = light - np.where(gap != 0, weight, 0)
+        return Pairs(forward, backward, near, light)
+
+    def _length(self, user: Ints) -> Ints:
+        if not len(self.length):
+            return np.zeros(len(user), np.int64)
+        return np.where(user >= 0, self.length[np.maximum(user, 0)], 0)
+
+    def _pair_counts(self) -> EventCounts:
+        """Counts ordered pairs; a pair happens when its second item does."""
+        keys, ranks, near, light = [], [], [], []
+        weight = UNIT // np.maximum(self.length[self.user] - 1, 1)
+        longest = int(self.length.max(initial=0))
+        for gap in range(1, min(WINDOW, longest - 1) + 1):
+            inside = np.flatnonzero(self.user[gap:] == self.user[:-gap])
+            keys.append(self.item[inside] * self.items + self.item[inside + gap])
+            ranks.append(self.rank[inside + gap])
+            near.append(np.full(len(inside), UNIT // gap))
+            light.append(weight[inside])
+        columns = (np.concatenate([np.zeros(0, np.int64), *c]) for c in (keys, ranks, near, light))
+        key, rank, near_sum, light_sum = columns
+        return EventCounts(key, rank, (near_sum, light_sum))
+
+
+def _first_occurrences(train: Sequences, items: int) -> tuple[Ints, Ints, Floats, Ints]:
+    """Returns user, item, time and new position of each user's first event with each item."""
+    user = np.repeat(np.arange(len(train.start) - 1, dtype=np.int64), np.diff(train.start))
+    _, index = np.unique(user * items + train.item, return_index=True)
+    index.sort()
+    user, item, time = user[index], train.item[index].astype(np.int64), train.time[index]
+    start = np.searchsorted(user, np.arange(len(train.start) - 1))
+    return user, item, time, np.arange(len(user)) - start[user]

@@ -1,0 +1,435 @@
+"""The base: the shared pretrained model, frozen, that every adapter belongs to.
+
+Loads a decoder or an encoder by alias, path or Hub id, quantized or not, and runs it under a mask
+that the caller made. It does not know slates, prompts, adapters or training. Where checkpoints
+come from and how they are cached is in `_checkpoints`, what architectures differ in in
+`_architectures`. Models run with PyTorch's
+scaled-dot-product attention: it is exact for any additive mask, which FlashAttention is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from peftrank import _checkpoints
+from peftrank._architectures import (
+    DECODERS,
+    POOLED,
+    blocks,
+    check_architecture,
+    layer_masks,
+    max_depth,
+    positions,
+)
+from peftrank._checkpoints import Checkpoint
+from peftrank.errors import BaseModelError, ConfigError
+
+QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
+_COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """What an adapter must match to be loaded, and how the base was loaded."""
+
+    name: str
+    """As the user gave it: alias, path or Hub id."""
+    model_id: str
+    """Hub id, or the path of a local base."""
+    revision: str | None
+    """Commit on the Hub; None if the weights came from a path or a package."""
+    fingerprint: str
+    """Of the stored weights before quantization: see `_checkpoints.weights_fingerprint`."""
+    tokenizer_hash: str
+    quantization: str
+    double_quant: bool
+    compute_dtype: str
+    architecture: str
+    """The model type of its config: `llama`, `bert`, ..."""
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A frozen pretrained model in eval mode, with its tokenizer.
+
+    PEFT injects adapters into `model` in place; `hidden_states` then runs with them.
+    """
+
+    model: PreTrainedModel
+    """The causal-LM class for decoders, the plain encoder for BERT types."""
+    tokenizer: PreTrainedTokenizerBase
+    identity: BaseIdentity
+    is_decoder: bool
+    hidden_size: int
+    num_layers: int
+    max_depth: int
+    """Greatest number of tokens from the root to a leaf of a prompt tree."""
+    pad_token_id: int
+    """What packing fills rows with. Nothing attends to it, so its value does not matter."""
+    compute_dtype: torch.dtype
+    _own_tensors: frozenset[str] = field(repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is now."""
+        return cast(torch.device, self.model.device)
+
+    @property
+    def lm_head(self) -> Tensor | None:
+        """(V, H) weight of the vocabulary head, tied or not; None for encoders."""
+        if not self.is_decoder:
+            return None
+        return cast(Tensor, self.model.get_output_embeddings().weight)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The transformer blocks, first to last."""
+        return blocks(self.model)
+
+    def hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
+    ) -> Tensor:
+        """Returns the last hidden states (R, T, H), after the final norm, without the LM head.
+
+        Args:
+            input_ids: (R, T) long.
+            attention_mask: (R, 1, T, T) additive, `finfo.min` where attention is not allowed.
+                A sliding-window layer also hides keys whose depth is a window or more above.
+            position_ids: (R, T) long depths from 0, smaller than `max_depth`.
+        """
+        if attention_mask.dim() != 4 or not attention_mask.is_floating_point():
+            raise BaseModelError(
+                f"attention_mask is {attention_mask.dtype} {tuple(attention_mask.shape)}; expected "
+                "an additive floating-point mask (R, 1, T, T), as attention_mask() makes it."
+            )
+        extra = {"use_cache": False} if self.is_decoder else {}
+        # `base_model` is the module inside a causal-LM class, and an encoder itself.
+        output = self.model.base_model(
+            input_ids=input_ids,
+            attention_mask=layer_masks(self.model.config, attention_mask, position_ids),
+            position_ids=positions(self.model.config, position_ids),
+            **extra,
+        )
+        return cast(Tensor, output.last_hidden_state)
+
+    def state_hash(self) -> str:
+        """Returns a sha256 of the base's own tensors, leaving out adapters injected by PEFT."""
+        return state_hash(self.model, only=self._own_tensors)
+
+
+def load_base(
+    name: str = "smollm2-135m",
+    *,
+    quantization: str = "nf4",
+    double_quant: bool = True,
+    compute_dtype: str = "auto",
+    revision: str | None = None,
+    device: str = "auto",
+    cache_dir: Path | None = None,
+) -> Base:
+    """Returns a base, frozen and in eval mode.
+
+    The first quantized load keeps the quantized weights in the cache; later ones read them.
+
+    Args:
+        name: An alias of bases.yaml, a local folder or .gguf file, or a Hub id.
+        quantization: nf4 or fp4 (QLoRA, arXiv 2305.14314), int8 (arXiv 2208.07339), or none.
+        double_quant: For nf4 and fp4: quantize the quantization constants too.
+        compute_dtype: auto, float32, bfloat16 or float16. auto: bfloat16 where the device computes
+            it natively, else float32.
+        revision: Branch, tag or commit on the Hub.
+        device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
+        cache_dir: Where converted and quantized weights are kept. Default: $PEFTRANK_CACHE, else
+            ~/.cache/peftrank.
+
+    Raises:
+        ConfigError: an option has an unknown value.
+        BaseModelError: the base cannot be found, or is of a kind that is not supported.
+    """
+    _check_option("quantization", quantization, QUANTIZATIONS)
+    _check_option("compute_dtype", compute_dtype, _COMPUTE_DTYPES)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers fork after its use
+    place = _device(device)
+    dtype = _native_dtype(place) if compute_dtype == "auto" else getattr(torch, compute_dtype)
+    with _quiet_loading():
+        checkpoint = _checkpoints.find_checkpoint(name, revision, cache_dir)
+        config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+        kind = check_architecture(name, config)
+        double_quant = double_quant and quantization in ("nf4", "fp4")
+        settings = _quantization_config(quantization, double_quant, dtype)
+        if settings is None:
+            model = _load_model(checkpoint.folder, kind, dtype, place, None)
+        else:
+            scheme = f"{quantization}{'-double' if double_quant else ''}"
+            root = _checkpoints.cache_root(cache_dir)
+            model = _load_quantized(checkpoint, kind, dtype, place, settings, root, scheme)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    identity = BaseIdentity(
+        name=name,
+        model_id=checkpoint.model_id,
+        revision=checkpoint.revision,
+        fingerprint=checkpoint.fingerprint,
+        tokenizer_hash=_checkpoints.tokenizer_fingerprint(tokenizer),
+        quantization=quantization,
+        double_quant=double_quant,
+        compute_dtype=str(dtype).removeprefix("torch."),
+        architecture=kind,
+    )
+    return _wrap(model, tokenizer, identity, dtype)
+
+
+def base_from_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str
+) -> Base:
+    """Wraps a model that is already in memory. Freezes it and puts it in eval mode.
+
+    Args:
+        model: A causal-LM class of a supported decoder, or a plain supported encoder.
+        tokenizer: The tokenizer it was trained with.
+        name: What adapters will record as their base.
+
+    Raises:
+        BaseModelError: the architecture or its attention implementation is not supported.
+    """
+    config = model.config
+    kind = check_architecture(name, config.to_dict())
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise BaseModelError(
+            f"{name} uses {config._attn_implementation} attention, which does not follow a 4-D "
+            'mask. Make the model with attn_implementation="sdpa".'
+        )
+    if kind in DECODERS and model.base_model is model:
+        raise BaseModelError(
+            f"{name} is a {type(model).__name__} without a vocabulary head. Load decoders with "
+            "their ...ForCausalLM class, so that adapters fit other PEFT tools."
+        )
+    dtype = model.get_input_embeddings().weight.dtype
+    identity = BaseIdentity(
+        name=name,
+        model_id=name,
+        revision=None,
+        fingerprint=_checkpoints.weights_fingerprint(config.to_dict(), _untied(model)),
+        tokenizer_hash=_checkpoints.tokenizer_fingerprint(tokenizer),
+        quantization="none",
+        double_quant=False,
+        compute_dtype=str(dtype).removeprefix("torch."),
+        architecture=kind,
+    )
+    return _wrap(model, tokenizer, identity, dtype)
+
+
+def state_hash(model: nn.Module, *, only: frozenset[str] | None = None) -> str:
+    """Returns a sha256 over every parameter, buffer and quantization state, in name order.
+
+    PEFT's `.base_layer` is left out of names, so that wrapping a layer changes nothing.
+
+    Args:
+        model: Any module; nothing in it is changed.
+        only: Names to cover; None = all.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_tensors(model).items()):
+        if only is None or name in only:
+            data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(data.numpy().data)
+    return digest.hexdigest()
+
+
+def _wrap(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    identity: BaseIdentity,
+    dtype: torch.dtype,
+) -> Base:
+    model.requires_grad_(False)
+    model.eval()
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return Base(
+        model=model,
+        tokenizer=tokenizer,
+        identity=identity,
+        is_decoder=identity.architecture in DECODERS,
+        hidden_size=model.config.hidden_size,
+        num_layers=model.config.num_hidden_layers,
+        max_depth=max_depth(model.config),
+        pad_token_id=next(i for i in ids if i is not None),
+        compute_dtype=dtype,
+        _own_tensors=frozenset(_tensors(model)),
+    )
+
+
+def _load_model(
+    folder: Path,
+    kind: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    settings: BitsAndBytesConfig | None,
+) -> PreTrainedModel:
+    factory = AutoModelForCausalLM if kind in DECODERS else AutoModel
+    # An unused pooler would be given an adapter that never gets a gradient.
+    extra: dict[str, Any] = {"add_pooling_layer": False} if kind in POOLED else {}
+    if settings is not None:  # None itself would hide that stored weights are quantized
+        extra["quantization_config"] = settings
+    try:
+        model, report = factory.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **extra,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise BaseModelError(f"cannot load the model in {folder}: {error}") from error
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise BaseModelError(
+            f"the weights in {folder} lack {len(report['missing_keys'])} tensors ({missing}, ...), "
+            "which would be random. Get a complete checkpoint."
+        )
+    return cast(PreTrainedModel, model)
+
+
+def _load_quantized(
+    checkpoint: Checkpoint,
+    kind: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    settings: BitsAndBytesConfig,
+    root: Path,
+    scheme: str,
+) -> PreTrainedModel:
+    """Loads from the cache of quantized weights, filling it the first time."""
+    version = importlib.metadata.version("bitsandbytes")
+    key = f"{checkpoint.fingerprint[:24]}-{scheme}-{dtype}-{device.type}-{version}"
+    folder = root / "quantized" / key.replace("torch.", "")
+    if not folder.is_dir():
+        model = _load_model(checkpoint.folder, kind, dtype, device, settings)
+        _checkpoints.publish(folder, model.save_pretrained)
+        _LOG.info("quantized weights kept in %s", folder)
+    # Read back even the first time: every load then gives the same tensors.
+    model = _load_model(folder, kind, dtype, device, None)
+    _keep_weights_unpacked(model)
+    return model
+
+
+def _keep_weights_unpacked(model: nn.Module) -> None:
+    """Stops 4-bit layers from repacking their weights in place in the first no-grad forward.
+
+    On CPUs with AVX512-BF16 that would leave a later training without gradients, and whatever
+    shares the weights with wrong scores (bitsandbytes nn/modules.py, Linear4bit.forward).
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _quantization_config(
+    quantization: str, double_quant: bool, dtype: torch.dtype
+) -> BitsAndBytesConfig | None:
+    # Token readouts read rows of the vocabulary head, so it stays as it is.
+    if quantization == "none":
+        return None
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head"],
+    )
+
+
+def _check_option(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{key} is {value!r}; expected one of {', '.join(allowed)}.")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BaseModelError(f"device {name!r} was asked for, but PyTorch sees no GPU. Use cpu.")
+    return device
+
+
+def _native_dtype(device: torch.device) -> torch.dtype:
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Returns parameters, buffers and bitsandbytes' quantization state by their unwrapped name."""
+    named = {**dict(model.named_buffers()), **model.state_dict()}
+    return {
+        name.replace(".base_layer", ""): value
+        for name, value in named.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _untied(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    tied = model.config.tie_word_embeddings
+    for name, tensor in sorted(model.state_dict().items()):
+        if not (tied and name.endswith("lm_head.weight")):
+            yield name, tensor
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Hides transformers' progress bars and reports; what matters in them is checked here."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _drop_message(logger: str, beginning: str) -> None:
+    logging.getLogger(logger).addFilter(lambda r: not str(r.msg).startswith(beginning))
+
+
+# The optional `kernels` package only speeds up a path that is not used here.
+_drop_message("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward")
+# int8 says in each layer of each forward that it computes in float16.
+_drop_message("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast")

@@ -1,0 +1,75 @@
+"""`peftrank evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftrank.cli import options
+
+
+def command(
+    domain: options.Domain = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="A folder, domain or domain@version; `none`: baselines alone."),
+    ] = None,
+    config: options.ConfigFile = None,
+    base: options.Base = None,
+    data: options.Data = None,
+    store: options.Store = Path("adapters"),
+    part: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    limit: Annotated[int | None, typer.Option(help="Only the first so many slates.", min=1)] = None,
+    metrics: Annotated[str | None, typer.Option(help="ndcg@10,mrr,hit@1,auc,...")] = None,
+    baselines: Annotated[
+        str | None, typer.Option(help="random,popularity,bm25,zero_shot,... or `none`.")
+    ] = None,
+    set_: options.Set = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write JSON.")] = None,
+) -> None:
+    """Measure a domain's adapter beside baselines and the untrained base."""
+    from rich.console import Console
+
+    from peftrank import evaluation
+    from peftrank.cli.settings import ranker_for, settings_of, write_text
+    from peftrank.evaluation import report as reports
+    from peftrank.training.data import read_part
+    from peftrank.training.run import prompt_arguments
+
+    settings = settings_of(domain=domain, config=config, base=base, data=data, set_=set_)
+    slates = read_part(settings.data, settings.domain, part)[:limit]
+    train = read_part(settings.data, settings.domain, "train")
+    measured = metrics.split(",") if metrics else settings.evaluation.metrics
+    wanted = settings.evaluation.baselines
+    if baselines is not None:
+        wanted = () if baselines == "none" else tuple(baselines.split(","))
+    ranker = ranker_for(settings, store)
+    rows = evaluation.baseline_rows(
+        wanted,
+        slates,
+        train=train,
+        base=ranker.base,
+        prompt=prompt_arguments(settings),
+        metrics=measured,
+        seed=settings.seed,
+    )
+    if adapter != "none":
+        name = ranker.load_adapter(adapter or settings.domain, domain=settings.domain)
+        rows.append(
+            evaluation.evaluate(ranker, slates, domain=name, metrics=measured, name="adapter")
+        )
+    cold = evaluation.cold_slates(slates, train)
+    parts = [reports.as_json(f"{settings.domain} {part}", rows)]
+    if 0 < len(cold) < len(slates):
+        parts.append(reports.as_json("cold items only", [row.only(cold) for row in rows]))
+    console = Console()
+    for group in parts:
+        console.print(reports.as_table(group))
+    if report is not None:
+        write_text(report, reports.as_html(f"{settings.domain}: accuracy", parts))
+    if json_file is not None:
+        write_text(json_file, json.dumps(parts, indent=2))

@@ -1,0 +1,91 @@
+"""`peftrank rank`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from peftrank.cli import options
+
+if TYPE_CHECKING:
+    from peftrank.config import Config
+    from peftrank.ranker import Ranker
+
+
+def command(
+    domain: options.Domain = None,
+    input_: Annotated[
+        Path | None, typer.Option("--input", help="Slates, JSON lines or Parquet.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Rankings: .jsonl, or .run for a TREC run.")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="A folder, domain or domain@version; absent: the active.")
+    ] = None,
+    index: Annotated[
+        int | None, typer.Option(help="Instead of a file: show one slate of the test part.", min=0)
+    ] = None,
+    config: options.ConfigFile = None,
+    base: options.Base = None,
+    data: options.Data = None,
+    store: options.Store = Path("adapters"),
+    k: Annotated[int | None, typer.Option("-k", help="Keep the best k.", min=1)] = None,
+    set_: options.Set = None,
+) -> None:
+    """Rank the candidates of slates with a domain's adapter."""
+    from peftrank.cli.settings import ranker_for, settings_of
+    from peftrank.errors import ConfigError
+
+    if (input_ is None) == (index is None):
+        raise ConfigError("give --input FILE and --output FILE, or --index N to look at one slate")
+    settings = settings_of(domain=domain, config=config, base=base, data=data, set_=set_)
+    ranker = ranker_for(settings, store)
+    name = ranker.load_adapter(adapter or settings.domain, domain=settings.domain)
+    if index is not None:
+        _show(ranker, settings, name, index, k)
+        return
+    from peftrank.formats.slates import read_slates, write_rankings
+
+    if input_ is None or output is None:
+        raise ConfigError("--input needs --output FILE (.jsonl or .run)")
+    slates = read_slates(input_, items=settings.data.items)
+    count = write_rankings(output, ranker.rank_stream(slates, domain=name, k=k))
+    typer.echo(json.dumps({"slates": count, "output": str(output)}))
+
+
+def _show(ranker: Ranker, settings: Config, domain: str, index: int, k: int | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from peftrank.cli.settings import slate_at
+
+    slate = slate_at(settings, "test", index)
+    ranked = ranker.rank(slate, domain=domain, k=k)
+    items = {item.item_id: item for item in slate.candidates}
+    labels = dict(zip(items, slate.labels or (), strict=bool(slate.labels)))
+    console = Console()
+    console.print(f"[bold]History of slate {slate.slate_id}, oldest first[/bold]")
+    for item in slate.history[-settings.prompt.history_length :]:
+        console.print("  - " + _text(item.fields, settings.prompt.fields), markup=False)
+    table = Table("rank", "score", "label", "candidate", title="Ranking", title_justify="left")
+    for rank, (item_id, score) in enumerate(
+        zip(ranked.item_ids, ranked.scores, strict=True), start=1
+    ):
+        label = f"{labels[item_id]:g}" if slate.labels else ""
+        table.add_row(
+            str(rank), f"{score:.3f}", label, _text(items[item_id].fields, settings.prompt.fields)
+        )
+    console.print(table, markup=False)
+
+
+def _text(fields: object, names: tuple[str, ...]) -> str:
+    from collections.abc import Mapping
+
+    from rich.markup import escape
+
+    texts = fields if isinstance(fields, Mapping) else {}
+    return escape(" | ".join(texts[name] for name in names if texts.get(name)))

@@ -1,0 +1,80 @@
+"""What the commands' options mean: the configuration and the slates they name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peftrank.config import Config
+    from peftrank.ranker import Ranker
+    from peftrank.types import Slate
+
+
+def settings_of(
+    *,
+    domain: str | None,
+    method: str | None = None,
+    config: Path | None = None,
+    base: str | None = None,
+    data: Path | None = None,
+    set_: list[str] | None = None,
+) -> Config:
+    """Returns the configuration that the options describe.
+
+    Raises:
+        ConfigError: neither a domain nor a file, or anything wrong with them.
+    """
+    from peftrank.config import domains, load_config, parse_overrides
+    from peftrank.errors import ConfigError
+    from peftrank.training.data import folder_data
+
+    if domain is None and config is None:
+        raise ConfigError(
+            f"give --domain ({', '.join(domains())}) or --config FILE with your own domain"
+        )
+    overrides: dict[str, Any] = {}
+    if base is not None:
+        overrides["base.name"] = base
+    if data is not None:
+        overrides["data"] = folder_data(data).model_dump(mode="json", exclude_none=True)
+    overrides |= parse_overrides(set_ or [])
+    return load_config(config, domain=domain, method=method, overrides=overrides)
+
+
+def slate_at(settings: Config, part: str, index: int) -> Slate:
+    """Returns one slate of a part.
+
+    Raises:
+        ConfigError: the part has fewer slates.
+    """
+    from peftrank.errors import ConfigError
+    from peftrank.training.data import read_part
+
+    slates = read_part(settings.data, settings.domain, part)
+    if index >= len(slates):
+        raise ConfigError(f"--index {index}: the {part} part has {len(slates)} slates (from 0)")
+    return slates[index]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or none."""
+    from peftrank.formats._writing import replacing_text
+
+    with replacing_text(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def ranker_for(settings: Config, store: Path) -> Ranker:
+    """Returns a ranker on the configured base, with no domain loaded."""
+    from peftrank.base import load_base
+    from peftrank.ranker import Ranker
+
+    base = load_base(
+        settings.base.name,
+        quantization=settings.base.quantization,
+        double_quant=settings.base.double_quant,
+        compute_dtype=settings.base.compute_dtype,
+        revision=settings.base.revision,
+    )
+    return Ranker(base, store=store)

@@ -1,0 +1,281 @@
+"""Configuration: one YAML file per domain, the same dotted keys for `--set`.
+
+Only `training.train` and the CLI see a `Config`; everything else takes plain arguments.
+Every field's description is its documentation, in `--help` and in errors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from peftrank import plugins
+from peftrank.errors import ConfigError
+
+# A wheel carries the domain files inside the package; in a checkout they lie beside it.
+_PACKAGE = Path(__file__).parent
+_CONFIGS = next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir())
+_DOMAIN = re.compile(r"[a-z][a-z0-9_-]{0,63}")
+PARTS = ("preamble", "history", "question", "candidate", "answer")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Named(BaseModel):
+    """A plug-in's name and, beside it, the plug-in's own options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class BaseConfig(_Section):
+    """The shared pretrained model."""
+
+    name: str = "smollm2-135m"
+    """An alias of bases.yaml, a local folder, or a Hub id."""
+    quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    double_quant: bool = True
+    """Quantize the quantization constants too (QLoRA, arXiv 2305.14314)."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 where the machine computes it natively, else float32."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+
+
+class MethodConfig(_Named):
+    """The adapter method; further keys are its options (r, alpha, targets, layers, ...)."""
+
+    name: str = "lora"
+
+
+class ReadoutConfig(_Named):
+    """How hidden states become scores; further keys are the readout's options."""
+
+    name: str = "score_head"
+
+
+class LossConfig(_Named):
+    """The training objective; further keys are the loss's options."""
+
+    name: str = "listnet"
+
+
+class Template(_Section):
+    """Jinja2 source of each part of the prompt. Parts see the item's fields by name."""
+
+    preamble: str = ""
+    history: str = "- {{ title }}\n"
+    question: str = ""
+    candidate: str = "{{ title }}"
+    answer: str = ""
+
+
+class PromptConfig(_Section):
+    """How a slate becomes text and tokens."""
+
+    mode: Literal["isolated", "joint"] = "isolated"
+    """isolated: candidates do not see each other. joint: an ordinary listwise prompt."""
+    template: Template = Template()
+    fields: tuple[str, ...] = ("title",)
+    """Item fields the template uses; a candidate without any of them is an error."""
+    history_length: int = Field(20, ge=0)
+    """At most this many of the newest history items are read."""
+    item_tokens: int = Field(32, ge=1)
+    """Text of one item is cut at this many tokens."""
+    max_tokens: int = Field(2048, ge=16)
+    """Budget of one slate's tree; oldest history is left out first, a candidate never."""
+    chat: Literal["auto", "off"] = "auto"
+    """auto: wrap in the base's chat template where it has one."""
+
+
+class DataConfig(_Section):
+    """Where the slates are. Absent: the embedded sample of the domain."""
+
+    train: Path | None = None
+    valid: Path | None = None
+    test: Path | None = None
+    items: Path | None = None
+    """Item texts, when the slates name items by id only and no items file lies beside them."""
+
+
+class TrainingConfig(_Section):
+    """The optimizer, its schedule, and when to evaluate, save and stop."""
+
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; overrides epochs."""
+    epochs: int = Field(3, ge=1)
+    batch_size: int = Field(16, ge=1)
+    """Slates per optimizer step, over all processes."""
+    micro_tokens: int = Field(4096, ge=16)
+    """Tokens per forward pass; smaller uses less memory and gives the same gradients."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Of the adapter; absent: the method's own default."""
+    readout_learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    max_grad_norm: float = Field(1.0, gt=0)
+    eval_steps: int = Field(50, ge=1)
+    eval_slates: int = Field(200, ge=1)
+    """Slates of the validation part that are read at each evaluation (the first ones)."""
+    checkpoint_steps: int = Field(200, ge=1)
+    patience: int = Field(5, ge=1)
+    """Stop after this many evaluations without a better nDCG@10."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+
+
+class EvaluationConfig(_Section):
+    """What is measured, and beside what."""
+
+    metrics: tuple[str, ...] = ("ndcg@10", "mrr", "hit@1")
+    baselines: tuple[str, ...] = ("random", "popularity", "bm25", "zero_shot")
+
+
+class Config(_Section):
+    """Everything about one run."""
+
+    domain: str
+    seed: int = 0
+    base: BaseConfig = BaseConfig()
+    method: MethodConfig = MethodConfig()
+    prompt: PromptConfig = PromptConfig()
+    readout: ReadoutConfig = ReadoutConfig()
+    loss: LossConfig = LossConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @field_validator("domain")
+    @classmethod
+    def _domain_name(cls, value: str) -> str:
+        if not _DOMAIN.fullmatch(value):
+            raise ValueError("a domain is lower-case letters, digits, - and _, at most 64")
+        return value
+
+
+def load_config(
+    path: Path | str | None = None,
+    *,
+    domain: str | None = None,
+    method: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Config:
+    """Returns the configuration of a file or of a shipped domain, with overrides applied.
+
+    Args:
+        path: A YAML file. Absent: the shipped file of `domain`.
+        domain: A shipped domain, or the value of the `domain` key when `path` is given.
+        method: Another method than the file's. It keeps those of the file's options that it has
+            too (targets, layers, ...) and the defaults of the others.
+        overrides: `{"training.epochs": 1}`; `parse_overrides` makes it from the command line's.
+
+    Raises:
+        ConfigError: unknown domain or key, a value out of range, or unreadable YAML.
+    """
+    source, values = _read(path, domain)
+    if domain is not None:
+        values["domain"] = domain
+    if method is not None:
+        known = plugins.option_names("methods", method)
+        kept = {k: v for k, v in (values.get("method") or {}).items() if k in known}
+        values["method"] = {"name": method, **kept}
+    for key, value in (overrides or {}).items():
+        _set(values, key, value)
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, source)) from None
+    given = {"methods": ("total_steps",), "readouts": ("feature_names",), "losses": ()}
+    sections = {"methods": config.method, "readouts": config.readout, "losses": config.loss}
+    for kind, section in sections.items():
+        plugins.check_options(kind, section.name, section.options, given[kind])
+    return config
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
+    """Returns `{"training.epochs": 1}` for `["training.epochs=1"]`; values are YAML.
+
+    Raises:
+        ConfigError: a text is not key=value.
+    """
+    pairs = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set takes key=value, not {text!r}. Example: training.epochs=1")
+        try:
+            pairs[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {text!r}: the value is not valid YAML: {error}") from error
+    return pairs
+
+
+def domains() -> tuple[str, ...]:
+    """Returns the domains that have a shipped configuration file."""
+    return tuple(sorted(path.stem for path in _CONFIGS.glob("*.yaml")))
+
+
+def _read(path: Path | str | None, domain: str | None) -> tuple[str, dict[str, Any]]:
+    if path is None:
+        if domain not in domains():
+            hint = plugins.did_you_mean(domain or "", domains())
+            raise ConfigError(
+                f"unknown domain {domain!r}{hint}. Shipped domains: {', '.join(domains())}. "
+                "For a domain of your own, write a YAML file and pass it with --config."
+            )
+        path = _CONFIGS / f"{domain}.yaml"
+    source = Path(path)
+    try:
+        values = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {source}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source} must hold a mapping of configuration keys, not {values!r}")
+    return str(source), values
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401
+    *sections, last = key.split(".")
+    for section in sections:
+        child = values.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {key}: {section!r} holds {child!r}, not a section")
+        values = child
+    values[last] = value
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            names = _fields_of(problem["loc"][:-1])
+            hint = plugins.did_you_mean(str(problem["loc"][-1]), names)
+            lines.append(f"unknown key {key!r}{hint}. Known here: {', '.join(names)}.")
+        elif problem["type"] == "missing":
+            lines.append(f"key {key!r} is missing.")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"key {key!r}: {message} (given: {problem['input']!r}).")
+    return f"{source}: " + " ".join(lines)
+
+
+def _fields_of(location: tuple[str | int, ...]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        model = model.model_fields[str(part)].annotation
+    return sorted(model.model_fields)

@@ -1,0 +1,441 @@
+"""Numbers about each candidate, computed from the training part alone.
+
+With times, a slate sees what happened strictly before it. Without, it sees the whole training
+part except its own user: exact removal for counts, cross-fitting over user folds for the
+embedding. So a candidate that only this user ever met looks like one nobody met.
+This file reads no raw file and makes no list; `_counting.py` has the counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import scipy.sparse as sp
+
+from peftrank._counting import UNIT, EventCounts, Statistics
+from peftrank._embedding import Embedding, fit
+from peftrank._lists import Floats, Ints, Lists, Sequences, Shown
+from peftrank._words import label_matrix, normalised, row_products, word_matrix
+from peftrank.errors import ConfigError, DataError
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "popularity": ("popularity", "history_length"),
+    "click_rate": ("click_rate", "times_shown"),
+    "item_knn": (
+        "item_knn", "item_knn_decayed", "item_knn_cosine", "item_knn_max", "item_knn_last",
+        "item_knn_lift", "item_knn_lift_max", "item_knn_light", "item_knn_share",
+    ),
+    "transition": ("transition", "transition_last", "transition_count", "transition_order"),
+    "item_embedding": (
+        "embedding", "embedding_decayed", "embedding_cosine", "embedding_cosine_decayed",
+        "embedding_max", "embedding_text", "embedding_text_decayed", "embedding_of_text",
+    ),
+    "text_overlap": (
+        "text_overlap", "text_overlap_max", "text_overlap_last",
+        "text_cosine", "text_cosine_max", "text_cosine_decayed",
+    ),
+    "category": ("category_share", "category_last"),
+    "recency": (
+        "days_since_first", "days_since_last", "popularity_day", "popularity_week",
+        "popularity_month", "depth",
+    ),
+    "retriever": ("retriever",),
+}  # fmt: skip
+"""The columns of each group of features."""
+
+_DAY = 86_400.0
+_DECAY = 0.8
+_SMOOTH = 5.0
+_FOLDS = 5
+_CHUNK = 400_000
+"""(history item, candidate) pairs held in memory at once."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What features may be computed from."""
+
+    train: Sequences
+    """The training part, indexed by the users of the lists."""
+    items: int
+    texts: Sequence[str] | None = None
+    """One per item, for text_overlap and the text side of item_embedding."""
+    labels: Sequence[Sequence[str]] | None = None
+    """The categories of each item."""
+    shown: Shown | None = None
+    """Candidates shown in the training part, for click_rate."""
+    timed: bool = False
+    """Count what happened before the slate; else the training part without the slate's user."""
+
+
+def compute(
+    lists: Lists,
+    source: Source,
+    groups: Sequence[str],
+    *,
+    retriever: Floats | None = None,
+    history_length: int = 30,
+    dimensions: int = 64,
+    seed: int = 0,
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Returns column names and values (M, F) float32, NaN = unknown, one row per candidate.
+
+    Args:
+        lists: The lists; their order does not matter.
+        source: What is known.
+        groups: Keys of GROUPS.
+        retriever: (M,) given scores, for the group `retriever`.
+        history_length: At most this many of the newest history items are compared.
+        dimensions: Of the embedding.
+        seed: Which users share a fold of the embedding.
+
+    Raises:
+        ConfigError: an unknown group, or one whose source is absent.
+        DataError: `timed`, but a slate has no time.
+    """
+    _check(lists, source, groups, retriever)
+    names = tuple(name for group in groups for name in GROUPS[group])
+    state = _State(source, dimensions, seed)
+    values = np.full((len(lists.candidate), len(names)), np.nan, np.float32)
+    order = _by_model(lists, state) if "item_embedding" in groups else None
+    for chosen in _chunks(lists, history_length, order):
+        chunk = _Chunk(lists, state, chosen, history_length)
+        columns: dict[str, np.ndarray] = {}
+        for group in groups:
+            if group == "retriever" and retriever is not None:
+                columns["retriever"] = retriever[chunk.rows]
+            else:
+                columns |= _COMPUTE[group](chunk, state)
+        for place, name in enumerate(names):
+            if name in columns:
+                values[chunk.rows, place] = columns[name]
+    return names, values
+
+
+def _check(
+    lists: Lists, source: Source, groups: Sequence[str], retriever: Floats | None
+) -> None:
+    for group in groups:
+        if group not in GROUPS:
+            raise ConfigError(f"unknown features {group!r}. Known: {', '.join(GROUPS)}.")
+    needs = {
+        "text_overlap": (source.texts, "item texts"),
+        "category": (source.labels, "an item field with categories"),
+        "click_rate": (source.shown, "lists that were really shown"),
+        "retriever": (retriever, "a run file"),
+    }
+    for group in groups:
+        if group in needs and needs[group][0] is None:
+            raise ConfigError(f"features {group!r} need {needs[group][1]}, and there are none.")
+    if source.timed and np.isnan(lists.time).any():
+        count = int(np.isnan(lists.time).sum())
+        raise DataError(
+            f"{count} slates have no time, so nothing can be counted before them. "
+            "Use --as-of part: the whole training part without the slate's own user."
+        )
+
+
+class _State:
+    """Statistics that all chunks share, made when first asked for."""
+
+    def __init__(self, source: Source, dimensions: int, seed: int) -> None:
+        self.source = source
+        self.statistics = Statistics(source.train, source.items, timed=source.timed)
+        self._dimensions = dimensions
+        self._fold = np.random.default_rng(seed).integers(_FOLDS, size=self.statistics.users)
+        self._model: tuple[int, Embedding | None] = (-2, None)
+
+    @cached_property
+    def words(self) -> sp.csr_matrix:
+        return word_matrix(self.source.texts or ())
+
+    @cached_property
+    def unit_words(self) -> sp.csr_matrix:
+        return normalised(self.words)
+
+    @cached_property
+    def categories(self) -> sp.csr_matrix:
+        return label_matrix(self.source.labels or ())
+
+    @cached_property
+    def refits(self) -> Ints:
+        """Ranks at which the embedding of a timed log is fitted anew: every 25% more events.
+
+        Event n fixes the n-th moment, so later events cannot move an earlier refit.
+        """
+        ranks = np.sort(self.statistics.rank)
+        steps = np.unique((1.25 ** np.arange(20, 120)).astype(np.int64))
+        return np.unique(ranks[steps[steps < len(ranks)]])
+
+    def model_of(self, user: Ints, time: Floats) -> Ints:
+        """Returns which embedding a slate may use: -1 = of all training users."""
+        if self.source.timed:
+            return np.searchsorted(self.refits, self.statistics.rank_of(time), side="right") - 1
+        known = (user >= 0) & (np.append(self.statistics.length, 0)[user] > 0)
+        return np.where(known, np.append(self._fold, 0)[user], -1)
+
+    def embedding(self, model: int) -> Embedding | None:
+        if self._model[0] != model:
+            stats = self.statistics
+            if self.source.timed:
+                limit = self.refits[model] if model >= 0 else 0
+                keep = stats.rank < limit
+            else:
+                keep = self._fold[stats.user] != model
+            words = None if self.source.texts is None else self.unit_words
+            value = fit(
+                stats.user[keep], stats.item[keep], stats.items, words, self._dimensions
+            )
+            self._model = (model, value)
+        return self._model[1]
+
+
+class _Chunk:
+    """Some slates, with their (candidate, history item) pairs: history runs fastest."""
+
+    def __init__(self, lists: Lists, state: _State, slates: Ints, limit: int) -> None:
+        length = np.diff(lists.history_start)[slates]
+        self.full_length = length
+        length = np.minimum(length, limit)
+        width = np.diff(lists.candidate_start)[slates]
+        self.rows = _ranges(lists.candidate_start[slates], width)
+        self.slate = np.repeat(np.arange(len(slates)), width)
+        self.item = lists.candidate[self.rows]
+        self.user = lists.user[slates][self.slate]
+        self.time = lists.time[slates][self.slate]
+        self.model = int(state.model_of(lists.user[slates[:1]], lists.time[slates[:1]])[0])
+        self.rank = state.statistics.rank_of(self.time)
+        self.length = length[self.slate]
+        first = (lists.history_start[slates + 1] - length)[self.slate]
+        self.history = lists.history[_ranges(first, self.length)]
+        self.candidate = np.repeat(np.arange(len(self.rows)), self.length)
+        start = np.cumsum(self.length) - self.length
+        self.age = self.length[self.candidate] - 1 - (np.arange(len(self.history)) - start[self.candidate])
+        self.known = self.length > 0
+        self._start = start[self.known]
+        self._last = (start + self.length - 1)[self.known]
+
+    @cached_property
+    def decay(self) -> np.ndarray:
+        return _DECAY**self.age
+
+    def sum(self, pairs: np.ndarray) -> np.ndarray:
+        """Returns the sum over the history for each candidate, NaN without a history."""
+        return self._spread(np.add.reduceat(pairs, self._start) if len(self._start) else pairs)
+
+    def mean(self, pairs: np.ndarray) -> np.ndarray:
+        return self.sum(pairs) / np.maximum(self.length, 1)
+
+    def max(self, pairs: np.ndarray) -> np.ndarray:
+        return self._spread(np.maximum.reduceat(pairs, self._start) if len(self._start) else pairs)
+
+    def last(self, pairs: np.ndarray) -> np.ndarray:
+        return self._spread(pairs[self._last])
+
+    def _spread(self, values: np.ndarray) -> np.ndarray:
+        full = np.full(len(self.rows), np.nan)
+        full[self.known] = values
+        return full
+
+    def pair(self, column: np.ndarray) -> np.ndarray:
+        """Returns a candidate column repeated for each pair."""
+        return column[self.candidate]
+
+
+def _ranges(start: Ints, length: Ints) -> Ints:
+    """Returns start[0], start[0]+1, ... for each range, one after another."""
+    offset = np.cumsum(length) - length
+    return np.arange(int(length.sum())) + np.repeat(start - offset, length)
+
+
+def _by_model(lists: Lists, state: _State) -> Ints:
+    return state.model_of(lists.user, lists.time)
+
+
+def _chunks(lists: Lists, limit: int, model: Ints | None) -> Iterator[Ints]:
+    """Yields groups of slates that share an embedding and fit in memory."""
+    size = np.maximum(np.minimum(np.diff(lists.history_start), limit), 1)
+    size = size * np.diff(lists.candidate_start)
+    group = np.zeros(len(lists), np.int64) if model is None else model
+    for value in np.unique(group):
+        slates = np.flatnonzero(group == value)
+        cut = np.cumsum(size[slates]) // _CHUNK
+        yield from np.split(slates, np.flatnonzero(np.diff(cut)) + 1)
+
+
+def _popularity(chunk: _Chunk, state: _State) -> dict[str, np.ndarray]:
+    count, _ = state.statistics.counts(chunk.user, chunk.item, chunk.rank)
+    return {
+        "popularity": np.log1p(count),
+        "history_length": np.log1p(chunk.full_length[chunk.slate]),
+    }
+
+
+def _item_knn(chunk: _Chunk, state: _State) -> dict[str, np.ndarray]:
+    stats = state.statistics
+    user, rank = chunk.pair(chunk.user), chunk.pair(chunk.rank)
+    pairs = stats.pairs(user, chunk.history, chunk.pair(chunk.item), rank)
+    together = pairs.forward + pairs.backward
+    of_history, _ = stats.counts(user, chunk.history, rank)
+    of_item = chunk.pair(stats.counts(chunk.user, chunk.item, chunk.rank)[0])
+    users = chunk.pair(stats.started.before(np.zeros_like(chunk.rank), chunk.rank)[0])
+    share = together / (of_history + _SMOOTH)
+    expected = of_history * of_item / np.maximum(users, 1)
+    lift = np.log((together + 0.5) / (expected + 0.5))
+    cosine = together / np.sqrt(np.maximum(of_history, 1) * np.maximum(of_item, 1))
+    return {
+        "item_knn": chunk.sum(share),
+        "item_knn_decayed": chunk.sum(share * chunk.decay),
+        "item_knn_cosine": chunk.sum(cosine),
+        "item_knn_max": chunk.max(cosine),
+        "item_knn_last": chunk.last(cosine),
+        "item_knn_lift": chunk.mean(lift),
+        "item_knn_lift_max": chunk.max(lift),
+        "item_knn_light": np.log1p(chunk.sum(pairs.light / UNIT)),
+        "item_knn_share": chunk.mean((together > 0) * 1.0),
+    }
+
+
+def _transition(chunk: _Chunk, state: _State) -> dict[str, np.ndarray]:
+    stats = state.statistics
+    user, rank = chunk.pair(chunk.user), chunk.pair(chunk.rank)
+    pairs = stats.pairs(user, chunk.history, chunk.pair(chunk.item), rank)
+    of_history, _ = stats.counts(user, chunk.history, rank)
+    near = pairs.near / UNIT
+    rate = near / (of_history + _SMOOTH)
+    order = (pairs.forward + 1) / (pairs.forward + pairs.backward + 2)
+    return {
+        "transition": chunk.sum(rate * chunk.decay),
+        "transition_last": chunk.last(rate),
+        "transition_count": np.log1p(chunk.sum(near)),
+        "transition_order": chunk.mean(order),
+    }
+
+
+def _item_embedding(chunk: _Chunk, state: _State) -> dict[str, np.ndarray]:
+    model = state.embedding(chunk.model)
+    if model is None:
+        return {}
+    # One row per slate: the pairs of its first candidate are its history.
+    heads = np.flatnonzero(np.diff(chunk.slate, prepend=-1))
+    head = np.isin(chunk.candidate, heads)
+    shape = (int(chunk.slate[-1]) + 1, state.statistics.items)
+    place = (chunk.slate[chunk.candidate[head]], chunk.history[head])
+    mean = sp.csr_matrix((1 / chunk.length[chunk.candidate[head]], place), shape)
+    decayed = sp.csr_matrix((chunk.decay[head], place), shape)
+    vector = model.item[chunk.item]
+    unit = _unit(model.item)
+    user, user_decayed = mean @ model.item, _unit(decayed @ model.item)
+
+    def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        scores = np.einsum("md,md->m", left, right[chunk.slate])
+        return np.where(chunk.known, scores, np.nan)
+
+    unit_item = unit[chunk.item]
+    nearest = np.einsum("pd,pd->p", unit[chunk.history], unit_item[chunk.candidate])
+    columns = {
+        "embedding": product(vector, user),
+        "embedding_decayed": product(vector, user_decayed),
+        "embedding_cosine": product(unit_item, _unit(user)),
+        "embedding_cosine_decayed": product(unit_item, user_decayed),
+        "embedding_max": chunk.max(nearest),
+    }
+    if model.text is None:
+        return columns
+    text = _unit(model.text)[chunk.item]
+    return columns | {
+        "embedding_text": product(text, _unit(mean @ model.text)),
+        "embedding_text_decayed": product(text, user_decayed),
+        "embedding_of_text": product(unit_item, _unit(decayed @ model.text)),
+    }
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(rows / np.where(length > 0, length, 1), np.float32)
+
+
+def _text_overlap(chunk: _Chunk, state: _State) -> dict[str, np.ndarray]:
+    item = chunk.pair(chunk.item)
+    overlap = row_products(state.words, chunk.history, item)
+    length = np.sqrt(np.asarray(state.words.multiply(state.words).sum(axis=1)).ravel())
+    scale = length[chunk.history] * length[item]
+    cosine = overlap / np.where(scale > 0, scale, 1)
+    return {
+        "text_overlap": chunk.sum(overlap),
+        "text_overlap_max": chunk.max(overlap),
+        "text_overlap_last": chunk.last(overlap),
+        "text_cosine": chunk.mean(cosine),
+        "text_cosine_max": chunk.max(cosine),
+        "text_cosine_decayed": chunk.sum(cosine * chunk.decay),
+    }
+
+
+def _category(chunk: _Chunk, state: _State) -> dict[str, np.ndarray]:
+    item = chunk.pair(chunk.item)
+    shared = (row_products(state.categories, chunk.history, item) > 0) * 1.0
+    labels = np.diff(state.categories.indptr) > 0
+    known = labels[chunk.item]
+    return {
+        "category_share": np.where(known, chunk.mean(shared), np.nan),
+        "category_last": np.where(known, chunk.last(shared), np.nan),
+    }
+
+
+def _recency(chunk: _Chunk, state: _State) -> dict[str, np.ndarray]:
+    stats = state.statistics
+    if not stats.timed:
+        count, depth = stats.counts(chunk.user, chunk.item, chunk.rank)
+        mean = depth / UNIT / np.maximum(count, 1)
+        return {"depth": np.where(count > 0, mean, np.nan)}
+    events, now = stats.popularity, chunk.time
+    count = events.before(chunk.item, chunk.rank)[0]
+    columns = {}
+    for name, rank in (
+        ("days_since_first", events.first(chunk.item, chunk.rank)),
+        ("days_since_last", events.last(chunk.item, chunk.rank)),
+    ):
+        days = (now - np.append(stats.moments, np.nan)[rank]) / _DAY
+        columns[name] = np.log1p(days)
+    for name, days in (("day", 1), ("week", 7), ("month", 30)):
+        past = events.before(chunk.item, stats.rank_of(now - days * _DAY))[0]
+        columns[f"popularity_{name}"] = np.log1p(count - past)
+    return columns
+
+
+def _click_rate(chunk: _Chunk, state: _State) -> dict[str, np.ndarray]:
+    shown = state.source.shown
+    if shown is None:
+        return {}
+    stats = state.statistics
+    times, rank = np.zeros(1), np.zeros(len(shown.item), np.int64)
+    now = np.ones(len(chunk.item), np.int64)
+    if stats.timed:
+        times = np.unique(shown.time)
+        rank, now = np.searchsorted(times, shown.time), np.searchsorted(times, chunk.time)
+    clicked = shown.clicked.astype(np.int64)
+    seen, clicks = EventCounts(shown.item, rank, (clicked,)).before(chunk.item, now)
+    total = int(now.max(initial=0)) and len(shown.item)
+    if not stats.timed:
+        own = EventCounts(shown.user * stats.items + shown.item, rank, (clicked,))
+        key = np.where(chunk.user >= 0, chunk.user, 0) * stats.items + chunk.item
+        own_seen, own_clicks = own.before(key, now)
+        known = chunk.user >= 0
+        seen, clicks = seen - known * own_seen, clicks - known * own_clicks
+    rate = 0.1 if not total else 0.1
+    return {"click_rate": (clicks + 10 * rate) / (seen + 10), "times_shown": np.log1p(seen)}
+
+
+_COMPUTE = {
+    "popularity": _popularity,
+    "click_rate": _click_rate,
+    "item_knn": _item_knn,
+    "transition": _transition,
+    "item_embedding": _item_embedding,
+    "text_overlap": _text_overlap,
+    "category": _category,
+    "recency": _recency,
+}

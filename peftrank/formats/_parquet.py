@@ -1,0 +1,124 @@
+"""Slate and item records in Parquet files, in batches. Knows the columns, not the rules.
+
+Rows written by other tools are read too: `fields`, `features` and `context` may be maps or
+structs, and items plain ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from peftrank.errors import DataError
+from peftrank.formats._log import Reject
+from peftrank.formats._writing import replacing
+
+_ROWS = 512
+"""Rows per record batch, so per piece in memory."""
+_MAPS = ("fields", "features", "context")
+_ITEM = pa.struct(
+    [
+        ("item_id", pa.string()),
+        ("fields", pa.map_(pa.string(), pa.string())),
+        ("features", pa.map_(pa.string(), pa.float64())),
+    ]
+)
+ITEMS = pa.schema(list(_ITEM))
+SLATES = pa.schema(
+    [
+        ("slate_id", pa.string()),
+        ("user_id", pa.string()),
+        ("history", pa.list_(_ITEM)),
+        ("candidates", pa.list_(_ITEM)),
+        ("labels", pa.list_(pa.float64())),
+        ("history_feedback", pa.list_(pa.float64())),
+        ("timestamp", pa.float64()),
+        ("domain", pa.string()),
+        ("context", pa.map_(pa.string(), pa.string())),
+    ]
+)
+
+
+def parquet_records(
+    path: Path, reject: Reject, *, known: Sequence[str], required: Sequence[str]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (1-based row, record) of a file, holding a few hundred rows at a time.
+
+    Raises:
+        DataError: the file is damaged, or its columns are not `required` plus some of `known`.
+    """
+    row = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            _check_columns(path, file.schema_arrow.names, known, required)
+            for batch in file.iter_batches(batch_size=_ROWS):
+                for record in _rows(batch, path, row, reject):
+                    row += 1
+                    if record is not None:
+                        yield row, record
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"cannot read the Parquet file: {error}", path=path) from error
+
+
+def write_parquet(path: Path, records: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
+    """Writes records, a few hundred at a time."""
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for rows in _batched(records):
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+
+
+def _batched(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    rows: list[dict[str, Any]] = []
+    for record in records:
+        rows.append(record)
+        if len(rows) == _ROWS:
+            yield rows
+            rows = []
+    if rows:
+        yield rows
+
+
+def _check_columns(
+    path: Path, names: Sequence[str], known: Sequence[str], required: Sequence[str]
+) -> None:
+    unknown = [name for name in names if name not in known]
+    missing = [name for name in required if name not in names]
+    if unknown or missing:
+        raise DataError(
+            f"unknown columns: {', '.join(unknown) or 'none'}; missing: "
+            f"{', '.join(missing) or 'none'}. Known columns: {', '.join(known)}",
+            path=path,
+        )
+
+
+def _rows(
+    batch: pa.RecordBatch, path: Path, before: int, reject: Reject
+) -> Iterator[dict[str, Any] | None]:
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:
+        if batch.num_rows > 1:
+            for place in range(batch.num_rows):
+                yield from _rows(batch.slice(place, 1), path, before + place, reject)
+            return
+        reject(path, before + 1, "a text of the row is not valid UTF-8", "")
+        yield None
+        return
+    for row in rows:
+        yield {name: _unmapped(name, value) for name, value in row.items()}
+
+
+def _unmapped(name: str, value: Any) -> Any:  # noqa: ANN401 - any Arrow value
+    """Returns the value with maps (lists of pairs) as dicts, in nested items too."""
+    if name in _MAPS and isinstance(value, list):
+        return dict(value)
+    if isinstance(value, list):
+        return [_unmapped("", part) for part in value]
+    if isinstance(value, dict):
+        # A struct has all keys in all rows; null is how it says that one is absent.
+        return {key: _unmapped(key, part) for key, part in value.items() if part is not None}
+    return value

@@ -1,0 +1,13 @@
+"""Mean squared error: the score is a prediction of the rating itself (pointwise)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def mse(scores: Tensor, labels: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns the mean of (score - label)^2 over a slate's candidates. All (S, N)."""
+    terms = (scores.masked_fill(~mask, 0.0) - labels.masked_fill(~mask, 0.0)).square()
+    if weights is not None:
+        terms = terms * weights.masked_fill(~mask, 0.0)
+    return terms.sum(dim=-1) / mask.sum(dim=-1).clamp_min(1)

@@ -1,0 +1,42 @@
+"""A base and a readout as one module: Batch -> scores.
+
+It knows neither adapters (they live inside or around the base) nor losses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor, nn
+
+from peftrank.attention import attention_mask
+from peftrank.base import Base
+from peftrank.types import Batch
+
+
+class RankingModel(nn.Module):
+    """Scores every candidate of every slate of a batch in one forward pass."""
+
+    def __init__(self, base: Base, readout: nn.Module):
+        super().__init__()
+        self.base = base
+        self.backbone = base.model  # registered, so that .to(), DDP and FSDP see it
+        self.readout = readout
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Returns scores (S, N) in float32, 0 at padding."""
+        mask = attention_mask(batch, causal=self.base.is_decoder, dtype=self.base.compute_dtype)
+        states = self.base.hidden_states(batch.input_ids, mask, batch.position_ids)
+        with torch.autocast(states.device.type, enabled=False):  # scores are float32 everywhere
+            scores: Tensor = self.readout(states, batch)
+        return scores
+
+
+def move(batch: Batch, device: torch.device) -> Batch:
+    """Returns the batch with every tensor on a device."""
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    moved = {
+        k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, Tensor)
+    }
+    return replace(batch, **moved)

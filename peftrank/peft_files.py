@@ -1,0 +1,148 @@
+"""What the files of an adapter hold: PEFT's configuration and tensors, the readout, the manifest.
+
+Reads PEFT's LoRA key names and tells the layers apart, with shapes checked and scales worked out.
+Knows no folder (`store`), no model (`bank`) and not the PEFT library.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftrank.errors import AdapterError
+
+PREFIX = "base_model.model."
+"""PEFT puts this before a module's path in the base model."""
+
+# LoRA variants that change the forward pass and that nothing here computes.
+_VARIANTS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "megatron_config",
+    "modules_to_save",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """One adapter in memory, as it is on disk."""
+
+    peft_config: dict[str, Any]
+    """adapter_config.json."""
+    tensors: dict[str, Tensor]
+    """adapter_model.safetensors."""
+    readout: dict[str, Tensor]
+    """readout.safetensors; empty for a readout without parameters."""
+    manifest: dict[str, Any]
+    """peftrank.json."""
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """The low-rank update of one linear module (LoRA, arXiv 2106.09685)."""
+
+    a: Tensor
+    """(r, inputs)."""
+    b: Tensor
+    """(outputs, r)."""
+    scale: float
+    bias: Tensor | None
+    """(outputs,), from `lora_bias`."""
+    magnitude: Tensor | None
+    """(outputs,), DoRA's (arXiv 2402.09353)."""
+
+    def delta(self) -> Tensor:
+        """Returns the update of the weight (outputs, inputs), float32, without DoRA's rescaling."""
+        return self.scale * (self.b.float() @ self.a.float())
+
+
+def lora_layers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, LoraLayer]:
+    """Returns the LoRA layers of an adapter by module path in the base model.
+
+    Raises:
+        AdapterError: the configuration asks for a LoRA variant that is not supported, a tensor
+            is no part of a LoRA layer, or its shape contradicts the configuration.
+    """
+    for name in _VARIANTS:
+        if config.get(name):
+            raise AdapterError(
+                f"the LoRA configuration sets {name}={config[name]!r}, which PeftRank does not "
+                "compute. Supported: plain LoRA, rslora, DoRA, lora_bias, rank and alpha patterns."
+            )
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(
+            re.escape(PREFIX) + r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|"
+            r"lora_magnitude_vector(?:\.weight)?)",
+            key,
+        )
+        if match is None:
+            raise AdapterError(
+                f"tensor {key!r} is no part of a LoRA layer. Expected names such as "
+                f"'{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight'."
+            )
+        part = match[2].removesuffix(".weight") if "magnitude" in match[2] else match[2]
+        parts.setdefault(match[1], {})[part] = tensor
+    return {path: _layer(config, path, found) for path, found in parts.items()}
+
+
+def check_tensors(tensors: Mapping[str, Tensor], file: str) -> None:
+    """Raises AdapterError unless every tensor is floating point and finite."""
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise AdapterError(f"{file}: tensor {key!r} is {tensor.dtype}, not floating point")
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"{file}: tensor {key!r} holds NaN or infinite values")
+
+
+def _layer(config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor]) -> LoraLayer:
+    try:
+        a, b = parts["lora_A.weight"], parts["lora_B.weight"]
+    except KeyError as error:
+        raise AdapterError(f"the LoRA layer {path!r} has no {error.args[0]}") from None
+    r = _by_pattern(config, "rank_pattern", path, config.get("r"))
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] != r:
+        raise AdapterError(
+            f"the LoRA layer {path!r} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}; "
+            f"expected (r, inputs) and (outputs, r) with r={r}, as adapter_config.json says"
+        )
+    bias, magnitude = parts.get("lora_B.bias"), parts.get("lora_magnitude_vector")
+    for name, vector, wanted in (
+        ("lora_B.bias", bias, config.get("lora_bias")),
+        ("lora_magnitude_vector", magnitude, config.get("use_dora")),
+    ):
+        if bool(wanted) != (vector is not None):
+            raise AdapterError(f"{name} of {path!r} contradicts adapter_config.json: {wanted!r}")
+        if vector is not None and vector.shape != b.shape[:1]:
+            raise AdapterError(
+                f"{name} of {path!r} has shape {tuple(vector.shape)}, not ({len(b)},)"
+            )
+    alpha = _by_pattern(config, "alpha_pattern", path, config.get("lora_alpha"))
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        raise AdapterError(f"lora_alpha of {path!r} is {alpha!r}, not a number")
+    scale = alpha / (r**0.5 if config.get("use_rslora") else r)
+    return LoraLayer(a, b, scale, bias, magnitude)
+
+
+def _by_pattern(config: Mapping[str, Any], name: str, path: str, default: Any) -> Any:  # noqa: ANN401
+    # The first pattern that matches decides, as in PEFT's get_pattern_key.
+    for pattern, value in (config.get(name) or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", path):
+                return value
+        except re.error as error:
+            raise AdapterError(f"{name} holds {pattern!r}, no valid pattern: {error}") from None
+    return default

@@ -1,0 +1,16 @@
+"""Slates as the model reads them: text, token trees, and packed batches."""
+
+from peftrank.prompts.pack import collate, feature_tensor, micro_batches, pack
+from peftrank.prompts.template import PromptTemplate
+from peftrank.prompts.tree import render, separate_token_count, token_count
+
+__all__ = [
+    "PromptTemplate",
+    "collate",
+    "feature_tensor",
+    "micro_batches",
+    "pack",
+    "render",
+    "separate_token_count",
+    "token_count",
+]

@@ -1,0 +1,317 @@
+"""Prompt trees -> Batch: several trees in a row, with what they share stored and computed once.
+
+All trees of a batch form one trie, whose nodes are segments: equal tokens under an equal parent are
+one node. A row is a set of nodes that holds, with each tree, the tree's whole path. So slates share
+their preamble in a row, and lists shown to one user share the history. It knows no text but through
+`collate`, and no model.
+
+Relatives: Prefix Grouper (arXiv 2506.05433), Tree Training (arXiv 2511.00413).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peftrank.errors import DataError
+from peftrank.prompts.template import PromptTemplate
+from peftrank.prompts.tree import token_count
+from peftrank.types import Batch, PromptTree, Slate
+
+_TIGHTER = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75)
+
+
+def collate(
+    slates: Sequence[Slate],
+    template: PromptTemplate,
+    *,
+    pad_token_id: int,
+    feature_names: Sequence[str] = (),
+    row_tokens: int = 512,
+) -> Batch:
+    """Returns the batch of these slates, with labels and candidate features.
+
+    `labels` is None if any slate has none; `features` is None if no names are given. Features are
+    (S, N, F) in the order of `feature_names`, NaN where a candidate lacks one.
+
+    Raises:
+        DataError: a slate cannot become a tree, or its labels do not fit its candidates.
+    """
+    trees = [template.tree(slate) for slate in slates]
+    known = [slate.labels for slate in slates if slate.labels is not None]
+    batch = pack(
+        trees,
+        row_tokens=row_tokens,
+        pad_token_id=pad_token_id,
+        labels=known if len(known) == len(slates) else None,
+    )
+    if not feature_names:
+        return batch
+    return replace(batch, features=feature_tensor(slates, feature_names))
+
+
+def pack(
+    trees: Sequence[PromptTree],
+    *,
+    pad_token_id: int,
+    row_tokens: int = 512,
+    labels: Sequence[Sequence[float] | None] | None = None,
+    features: Tensor | None = None,
+) -> Batch:
+    """Returns trees packed into rows; what a candidate sees is its own path, whatever lies beside.
+
+    Trees keep their order in the batch; which row each goes to depends on the trees alone. Rows are
+    as long as the longest tree where that exceeds `row_tokens`.
+
+    Args:
+        trees: At least one.
+        pad_token_id: Fills the ends of shorter rows.
+        row_tokens: The most tokens in a row that holds several trees.
+        labels: Per tree one value per candidate, or None; any None means a batch without labels.
+        features: (S, N, F) float, NaN = missing.
+
+    Raises:
+        DataError: no trees, or labels that do not fit the candidates.
+    """
+    if not trees:
+        raise DataError("no slates to pack; expected at least one")
+    trie = _Trie()
+    nodes = [trie.add(tree) for tree in trees]
+    rows = [_row(trie, nodes, members) for members in _plan(trie, trees, nodes, row_tokens)]
+    return Batch(
+        **_token_tensors(trie, rows, pad_token_id),
+        **_candidate_tensors(trie, trees, nodes, rows),
+        labels=_labels(trees, labels),
+        features=features,
+        slate_ids=tuple(tree.slate_id for tree in trees),
+    )
+
+
+def micro_batches(
+    lengths: Sequence[int], micro_tokens: int, *, row_tokens: int = 512
+) -> list[list[int]]:
+    """Returns successive groups of tree indices, each of which packs into `micro_tokens` or less.
+
+    The size of a group is that of its packed batch, padding included (R * T); what trees share only
+    makes it smaller. A tree larger than `micro_tokens` is a group of its own.
+
+    Args:
+        lengths: `token_count` of each tree.
+        micro_tokens: Tokens per forward pass.
+        row_tokens: The same as given to `pack`.
+    """
+    groups: list[list[int]] = []
+    fill: list[int] = []
+    for index, length in enumerate(lengths):
+        grown = list(fill)
+        row = _first_fit(fill, [length] * len(fill), length, row_tokens)
+        if row == len(grown):
+            grown.append(0)
+        grown[row] += length
+        if groups and len(grown) * max(grown) <= micro_tokens:
+            groups[-1].append(index)
+            fill = grown
+        else:
+            groups.append([index])
+            fill = [length]
+    return groups
+
+
+@dataclass
+class _Trie:
+    """The distinct segments of several trees; a parent's index is smaller than its children's."""
+
+    tokens: list[tuple[int, ...]] = field(default_factory=list)
+    parent: list[int] = field(default_factory=list)
+    depth: list[int] = field(default_factory=list)
+    """Tokens on the path before the node's first."""
+    _index: dict[tuple[int, tuple[int, ...]], int] = field(default_factory=dict)
+
+    def add(self, tree: PromptTree) -> list[int]:
+        """Returns the node of each of the tree's segments, new ones added."""
+        nodes: list[int] = []
+        for segment in tree.segments:
+            parent = -1 if segment.parent < 0 else nodes[segment.parent]
+            node = self._index.setdefault((parent, segment.tokens), len(self.tokens))
+            if node == len(self.tokens):
+                self.tokens.append(segment.tokens)
+                self.parent.append(parent)
+                above = 0 if parent < 0 else self.depth[parent] + len(self.tokens[parent])
+                self.depth.append(above)
+            nodes.append(node)
+        return nodes
+
+
+@dataclass
+class _Row:
+    trees: list[int]
+    nodes: list[int]
+    """In the order they lie in the row: parents first."""
+    lengths: np.ndarray
+    starts: np.ndarray
+    """First token of each node in the row."""
+    place: dict[int, int]
+    """Index in `nodes` by node."""
+
+    @property
+    def size(self) -> int:
+        return int(self.lengths.sum())
+
+
+def _row(trie: _Trie, nodes: Sequence[Sequence[int]], members: list[int]) -> _Row:
+    held = list(dict.fromkeys(chain.from_iterable(nodes[tree] for tree in members)))
+    lengths = np.array([len(trie.tokens[node]) for node in held], dtype=np.int64)
+    starts = np.cumsum(lengths) - lengths
+    return _Row(members, held, lengths, starts, {node: i for i, node in enumerate(held)})
+
+
+def _plan(
+    trie: _Trie, trees: Sequence[PromptTree], nodes: Sequence[Sequence[int]], row_tokens: int
+) -> list[list[int]]:
+    """Returns which trees go to which row: of a few greedy plans, the one with fewest tokens R * T.
+
+    One plan ignores what trees share, as `micro_batches` does, so its promise holds. The others
+    take row budgets under `row_tokens`, because rows of equal length need no padding.
+    """
+    lengths = [len(tokens) for tokens in trie.tokens]
+    shared = [{node: lengths[node] for node in tree} for tree in nodes]
+    alone = [{index: token_count(tree)} for index, tree in enumerate(trees)]
+    plans = [_place(shared, row_tokens)]
+    even = sum(lengths) / len(plans[0])
+    budgets = [int(even * factor) + 1 for factor in _TIGHTER]
+    plans += [_place(shared, budget) for budget in budgets if budget < row_tokens]
+    plans.append(_place(alone, row_tokens))
+
+    def area(plan: list[list[int]]) -> int:
+        held = [set(chain.from_iterable(nodes[tree] for tree in members)) for members in plan]
+        return len(plan) * max(sum(lengths[node] for node in row) for row in held)
+
+    return min(plans, key=area)
+
+
+def _place(trees: Sequence[Mapping[int, int]], row_tokens: int) -> list[list[int]]:
+    """Returns rows of tree indices; each tree goes where it adds least, or to a new row.
+
+    Args:
+        trees: Token counts by node.
+        row_tokens: Budget of a row, unless a tree alone is longer.
+    """
+    rows: list[list[int]] = []
+    held: list[dict[int, int]] = []
+    fill: list[int] = []
+    for index, nodes in enumerate(trees):
+        added = [sum(n for node, n in nodes.items() if node not in row) for row in held]
+        size = sum(nodes.values())
+        row = _first_fit(fill, added, size, row_tokens)
+        if row == len(rows):
+            rows.append([])
+            held.append({})
+            fill.append(0)
+            added.append(size)
+        rows[row].append(index)
+        held[row].update(nodes)
+        fill[row] += added[row]
+    return rows
+
+
+def _first_fit(fill: Sequence[int], added: Sequence[int], size: int, row_tokens: int) -> int:
+    """Returns the first row to which a tree of `size` adds least and still fits, or a new one's.
+
+    All rows are padded to the longest, so they may be filled to its length.
+    """
+    limit = max(row_tokens, size, *fill)
+    fits = [row for row, tokens in enumerate(fill) if tokens + added[row] <= limit]
+    return min(fits, key=lambda row: added[row], default=len(fill))
+
+
+def _token_tensors(trie: _Trie, rows: Sequence[_Row], pad_token_id: int) -> dict[str, Tensor]:
+    tokens = max(row.size for row in rows)
+    group = max(len(row.nodes) for row in rows)
+    input_ids = np.full((len(rows), tokens), pad_token_id, dtype=np.int64)
+    position_ids = np.zeros_like(input_ids)
+    segment_ids = np.full_like(input_ids, -1)
+    ancestors = np.zeros((len(rows), group, group), dtype=np.bool_)
+    for r, row in enumerate(rows):
+        input_ids[r, : row.size] = list(chain.from_iterable(trie.tokens[n] for n in row.nodes))
+        depth = np.array([trie.depth[node] for node in row.nodes], dtype=np.int64)
+        position_ids[r, : row.size] = np.arange(row.size)
+        position_ids[r, : row.size] += np.repeat(depth - row.starts, row.lengths)
+        segment_ids[r, : row.size] = np.repeat(np.arange(len(row.nodes)), row.lengths)
+        for i, node in enumerate(row.nodes):
+            if trie.parent[node] >= 0:
+                ancestors[r, i] = ancestors[r, row.place[trie.parent[node]]]
+            ancestors[r, i, i] = True
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "position_ids": torch.from_numpy(position_ids),
+        "segment_ids": torch.from_numpy(segment_ids),
+        "ancestors": torch.from_numpy(ancestors),
+    }
+
+
+def _candidate_tensors(
+    trie: _Trie,
+    trees: Sequence[PromptTree],
+    nodes: Sequence[Sequence[int]],
+    rows: Sequence[_Row],
+) -> dict[str, Tensor]:
+    shape = (len(trees), max(len(tree.candidates) for tree in trees))
+    found = {name: np.zeros(shape, dtype=np.int64) for name in ("row", "end", "start", "stop")}
+    found["before"] = np.full(shape, -1, dtype=np.int64)
+    mask = np.zeros(shape, dtype=np.bool_)
+    for r, row in enumerate(rows):
+        for s in row.trees:
+            mask[s, : len(trees[s].candidates)] = True
+            for c, span in enumerate(trees[s].candidates):
+                node = nodes[s][span.segment]
+                first = int(row.starts[row.place[node]])
+                found["row"][s, c] = r
+                found["end"][s, c] = first + len(trie.tokens[node]) - 1
+                found["start"][s, c] = first + span.start
+                found["stop"][s, c] = first + span.stop
+                found["before"][s, c] = _before(trie, row, node, first + span.start)
+    return {name: torch.from_numpy(array) for name, array in (found | {"mask": mask}).items()}
+
+
+def _before(trie: _Trie, row: _Row, node: int, start: int) -> int:
+    """Returns the row's token that precedes `start` on the node's path, -1 at a root's start."""
+    if start > row.starts[row.place[node]]:
+        return start - 1
+    parent = trie.parent[node]
+    if parent < 0:
+        return -1
+    return int(row.starts[row.place[parent]]) + len(trie.tokens[parent]) - 1
+
+
+def _labels(
+    trees: Sequence[PromptTree], labels: Sequence[Sequence[float] | None] | None
+) -> Tensor | None:
+    known = [row for row in labels or () if row is not None]
+    if labels is None or len(known) < len(labels):
+        return None
+    if len(known) != len(trees):
+        raise DataError(f"{len(known)} rows of labels for {len(trees)} slates")
+    padded = torch.zeros(len(trees), max(len(tree.candidates) for tree in trees))
+    for s, (tree, row) in enumerate(zip(trees, known, strict=True)):
+        if len(row) != len(tree.candidates):
+            raise DataError(
+                f"slate {tree.slate_id!r} has {len(tree.candidates)} candidates but "
+                f"{len(row)} labels"
+            )
+        padded[s, : len(row)] = torch.tensor(row)
+    return padded
+
+
+def feature_tensor(slates: Sequence[Slate], names: Sequence[str]) -> Tensor:
+    """Returns candidate features (S, N, F), NaN where unknown or padded."""
+    shape = (len(slates), max(len(slate.candidates) for slate in slates), len(names))
+    values = np.full(shape, np.nan, dtype=np.float32)
+    for s, slate in enumerate(slates):
+        for c, item in enumerate(slate.candidates):
+            values[s, c] = [item.features.get(name, np.nan) for name in names]
+    return torch.from_numpy(values)

@@ -1,0 +1,306 @@
+"""Slate -> prompt tree: renders the parts of a template, tokenizes them, and keeps to the budget.
+
+A slate is read as preamble -> history items -> question -> candidates, each a segment of its own.
+It knows no tensors and no model; what it must know of the base is the tokenizer and the longest
+path the base can read.
+
+Item and context texts are untrusted. Whatever a part renders is encoded as plain text, so that a
+title holding `<|im_end|>` or `[SEP]` cannot end a turn; special tokens come from the tokenizer's
+chat template and from its bos, cls and sep tokens alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from peftrank.config import PARTS
+from peftrank.errors import ConfigError, DataError
+from peftrank.prompts._parts import NOT_ITEM, Part, PartText, clean
+from peftrank.prompts.tree import CandidateTokens, grow
+from peftrank.types import Item, PromptTree, Slate
+
+MODES = ("isolated", "joint")
+TURNS = ("none", "after", "before")
+CHATS = ("auto", "off")
+_SENTINEL = "peftrank-user-text"
+# Fast tokenizers keep `split_special_tokens` as state of the tokenizer, and refuse to change it
+# while another thread encodes. Templates may share a tokenizer, so there is one lock for all.
+_LOCK = threading.Lock()
+
+Tokens = tuple[int, ...]
+
+
+class PromptTemplate:
+    """Turns slates into prompt trees. Immutable; may be used by several threads."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        parts: Mapping[str, str],
+        mode: str = "isolated",
+        fields: Sequence[str] = ("title",),
+        history_length: int = 20,
+        item_tokens: int = 32,
+        max_tokens: int = 2048,
+        chat: str = "auto",
+        turn: str = "none",
+        max_depth: int | None = None,
+    ):
+        """Compiles a template.
+
+        Args:
+            tokenizer: The base's.
+            parts: Jinja2 source of `preamble`, `history`, `question`, `candidate`, `answer`; an
+                absent one is empty. Each sees `context`; history, candidate and answer also see
+                the item's `fields` by name, and history `feedback` (a number or None) and
+                `position` (1 = the oldest item of the slate's history).
+            mode: `isolated`: candidates do not see each other. `joint`: each sees those before it.
+            fields: Item fields the parts may use. One an item lacks is an empty string.
+            history_length: At most this many of the newest history items are read.
+            item_tokens: An item's own text is cut at this many tokens; the text around it is not.
+            max_tokens: Budget of one tree.
+            chat: `auto`: wrap in the tokenizer's chat template where it has one. `off`: never.
+            turn: What the readout needs. `none`: candidates stand in the user's turn. `after`: each
+                is followed by `answer`, the end of the user's turn and the start of the
+                assistant's. `before`: the question is, and candidates stand in the assistant's.
+            max_depth: Tokens of the longest path the base can read; None for no limit.
+
+        Raises:
+            ConfigError: an unknown part, name or choice, a syntax error, or a chat template that
+                cannot be divided at the user's text.
+        """
+        self.tokenizer = tokenizer
+        self.parts = {name: parts.get(name, "") for name in PARTS}
+        self.mode, self.turn, self.chat = mode, turn, chat
+        self.fields = tuple(fields)
+        self.history_length, self.item_tokens = history_length, item_tokens
+        self.max_tokens, self.max_depth = max_tokens, max_depth
+        self._check(parts)
+        self._compiled = self._compile()
+        self._opening, self._closing, self._ending = self._turn_tokens()
+        self._forbidden = _control_ids(tokenizer)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns JSON values that, passed as `**described` with a tokenizer, rebuild it."""
+        return {
+            "parts": dict(self.parts),
+            "mode": self.mode,
+            "fields": list(self.fields),
+            "history_length": self.history_length,
+            "item_tokens": self.item_tokens,
+            "max_tokens": self.max_tokens,
+            "chat": self.chat,
+            "turn": self.turn,
+            "max_depth": self.max_depth,
+        }
+
+    def tree(self, slate: Slate) -> PromptTree:
+        """Returns the slate's prompt tree.
+
+        The oldest history is left out until the tree fits `max_tokens` and its deepest path fits
+        `max_depth`; candidates never are. History items without any text are left out too.
+
+        Raises:
+            DataError: a candidate without text, no candidates, feedback that does not fit the
+                history, or a tree that is too large even without history.
+            ConfigError: a part fails on this slate.
+        """
+        if not slate.candidates:
+            raise DataError(f"slate {slate.slate_id!r} has no candidates")
+        context = {name: clean(text) for name, text in slate.context.items()}
+        preamble = self._compiled["preamble"].text({"context": context})
+        question = self._compiled["question"].text({"context": context})
+        history = self._history(slate, context)
+        candidates = [self._candidate(slate, item, context) for item in slate.candidates]
+        answers = [self._answer(item, context) for item in slate.candidates]
+        pieces = (piece for item in (*history, *candidates) for piece in item)
+        ids = self._encode({preamble, question, *answers, *pieces})
+
+        root = self._opening + ids[preamble]
+        asked = ids[question] + (self._closing if self.turn == "before" else ())
+        leaves = []
+        for item, text, answer in zip(slate.candidates, candidates, answers, strict=True):
+            tokens, start, stop = self._item(ids, text)
+            if start == stop:
+                raise DataError(
+                    f"slate {slate.slate_id!r}: candidate {item.item_id!r} renders to "
+                    f"{''.join(text)!r}, which holds no token of its own text. The candidate part "
+                    "of the template must use a field this item has."
+                )
+            closing = self._closing if self.turn == "after" else ()
+            tokens += ids[answer] + closing + self._ending
+            leaves.append(CandidateTokens(tokens, start, stop))
+        trunk = [self._item(ids, text).tokens for text in history]
+        trunk = self._fit(slate, len(root) + len(asked), trunk, leaves)
+        return grow(slate.slate_id, [root, *trunk, asked], leaves, mode=self.mode)
+
+    def _check(self, parts: Mapping[str, str]) -> None:
+        choices = (
+            ("mode", self.mode, MODES),
+            ("turn", self.turn, TURNS),
+            ("chat", self.chat, CHATS),
+        )
+        for name, value, allowed in choices:
+            if value not in allowed:
+                raise ConfigError(f"prompt {name} is {value!r}; expected one of {allowed}")
+        if unknown := sorted(set(parts) - set(PARTS)):
+            raise ConfigError(f"unknown prompt part {unknown[0]!r}; expected {', '.join(PARTS)}")
+        if taken := sorted(NOT_ITEM.intersection(self.fields)):
+            raise ConfigError(
+                f"prompt.fields names {taken[0]!r}, which means something else in a template. "
+                "Rename this item field in the data."
+            )
+        if self.mode == "joint" and self.turn == "after":
+            raise ConfigError(
+                "a readout that asks after each candidate (yes_no) needs prompt.mode: isolated; "
+                "given: joint"
+            )
+
+    def _compile(self) -> dict[str, Part]:
+        item = {"context", *self.fields}
+        seen = {
+            "preamble": {"context"},
+            "history": item | {"feedback", "position"},
+            "question": {"context"},
+            "candidate": item,
+            "answer": item,
+        }
+        compiled = {name: Part(name, self.parts[name], seen[name]) for name in PARTS}
+        if not compiled["candidate"].uses.intersection(self.fields):
+            raise ConfigError(
+                f"prompt part 'candidate' uses no item field: {self.parts['candidate']!r}. "
+                f"It must use one of prompt.fields: {', '.join(self.fields)}"
+            )
+        return compiled
+
+    def _turn_tokens(self) -> tuple[Tokens, Tokens, Tokens]:
+        """Returns what opens the prompt, hands over to the assistant, and ends each candidate."""
+        tokenizer = self.tokenizer
+        if self.chat == "auto" and tokenizer.chat_template is not None:
+            before, after = _chat_text(tokenizer)
+            return _special(tokenizer, before), _special(tokenizer, after), ()
+        if tokenizer.cls_token is not None and tokenizer.sep_token is not None:
+            return (tokenizer.cls_token_id,), (), (tokenizer.sep_token_id,)
+        bos = tokenizer.bos_token_id
+        return (() if bos is None else (bos,)), (), ()
+
+    def _values(self, item: Item, context: Mapping[str, str]) -> dict[str, object]:
+        values: dict[str, object] = {name: clean(item.fields.get(name, "")) for name in self.fields}
+        return {**values, "context": context}
+
+    def _history(self, slate: Slate, context: Mapping[str, str]) -> list[PartText]:
+        feedback = slate.history_feedback or (None,) * len(slate.history)
+        if len(feedback) != len(slate.history):
+            raise DataError(
+                f"slate {slate.slate_id!r} has {len(slate.history)} history items but "
+                f"{len(feedback)} values in history_feedback"
+            )
+        texts = []
+        first = max(0, len(slate.history) - self.history_length)
+        for index in range(first, len(slate.history)):
+            values = self._values(slate.history[index], context)
+            if any(values[name] for name in self.fields):
+                values.update(feedback=feedback[index], position=index + 1)
+                texts.append(self._compiled["history"].render(values))
+        return texts
+
+    def _candidate(self, slate: Slate, item: Item, context: Mapping[str, str]) -> PartText:
+        values = self._values(item, context)
+        if not any(values[name] for name in self.fields):
+            raise DataError(
+                f"slate {slate.slate_id!r}: candidate {item.item_id!r} has no text in any of the "
+                f"fields {', '.join(self.fields)}. Give it one, or name others in prompt.fields."
+            )
+        return self._compiled["candidate"].render(values)
+
+    def _answer(self, item: Item, context: Mapping[str, str]) -> str:
+        if self.turn != "after":
+            return ""
+        return self._compiled["answer"].text(self._values(item, context))
+
+    def _item(self, ids: Mapping[str, Tokens], text: PartText) -> CandidateTokens:
+        before, own, after = (ids[piece] for piece in text)
+        own = own[: self.item_tokens]
+        return CandidateTokens(before + own + after, len(before), len(before) + len(own))
+
+    def _encode(self, texts: Iterable[str]) -> dict[str, Tokens]:
+        """Returns the tokens of each text, none of which controls anything."""
+        found = list(texts)
+        with _LOCK:
+            rows = self.tokenizer(
+                found, add_special_tokens=False, split_special_tokens=True, verbose=False
+            )["input_ids"]
+        # A vocabulary of whole words or sentence pieces may still spell out a special token.
+        kept = (tuple(token for token in row if token not in self._forbidden) for row in rows)
+        return dict(zip(found, kept, strict=True))
+
+    def _fit(
+        self, slate: Slate, fixed: int, history: list[Tokens], leaves: list[CandidateTokens]
+    ) -> list[Tokens]:
+        """Returns the newest history with which the tree keeps to both budgets."""
+        sizes = [len(leaf.tokens) for leaf in leaves]
+        total = fixed + sum(sizes)
+        deepest = total if self.mode == "joint" else fixed + max(sizes)
+        room = self.max_tokens - total
+        if self.max_depth is not None:
+            room = min(room, self.max_depth - deepest)
+        if room < 0:
+            raise DataError(
+                f"slate {slate.slate_id!r} takes {total} tokens and {deepest} on its longest path "
+                f"without any history: {fixed} for preamble and question, {sum(sizes)} for "
+                f"{len(sizes)} candidates. Allowed: {self.max_tokens} (prompt.max_tokens) and "
+                f"{self.max_depth or 'any number'} (what the base can read). Raise "
+                "prompt.max_tokens, lower prompt.item_tokens, shorten the template, or split the "
+                "candidate list; prompt.mode: isolated keeps paths short."
+            )
+        kept = len(history)
+        for tokens in reversed(history):
+            room -= len(tokens)
+            if room < 0:
+                break
+            kept -= 1
+        return history[kept:]
+
+
+def _special(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
+    """Returns the tokens of trusted text, special tokens included."""
+    with _LOCK:
+        return tuple(
+            tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        )
+
+
+def _chat_text(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Returns what the chat template puts before and after one message of the user."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _SENTINEL}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,  # Qwen3: the answer is read at once
+        date_string="26 Jul 2024",  # Llama 3: a prompt must not change from day to day
+    )
+    before, found, after = text.partition(_SENTINEL)
+    if not found or _SENTINEL in after:
+        raise ConfigError(
+            "the tokenizer's chat template does not repeat the user's text exactly once, so it "
+            "cannot be wrapped around a prompt tree. Set prompt.chat: off."
+        )
+    return before, after
+
+
+def _control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Returns the tokens that no text of an item may become: special ones and turn marks."""
+    added = tokenizer.added_tokens_decoder.items()
+    chat = tokenizer.chat_template or ""
+    # Qwen's <think> is a turn mark but no special token.
+    marks = {i for i, token in added if token.content in chat and not token.content.isspace()}
+    special = {i for i, token in added if token.special}.union(tokenizer.all_special_ids)
+    other_uses = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if tokenizer.unk_token_id not in other_uses:  # an unknown word stays one
+        special.discard(tokenizer.unk_token_id)
+    return frozenset(special | marks)

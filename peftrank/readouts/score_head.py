@@ -1,0 +1,111 @@
+"""Score = a small trained head on the last hidden state of each candidate.
+
+With candidate features, the head also reads them: standardised with the training part's
+statistics, a missing value replaced by a learned one. A feature network and the text add up, and
+the feature network sees a few projected text dimensions, so that text can change what a number
+means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftrank.errors import ConfigError
+from peftrank.types import Batch
+
+
+class ScoreHead(nn.Module):
+    """LayerNorm and a linear map or one hidden layer, plus an optional feature network."""
+
+    turn: ClassVar[str] = "none"
+    feature_mean: Tensor
+    feature_std: Tensor
+
+    def __init__(
+        self, hidden_size: int, n_features: int, width: int, feature_width: int, text_width: int
+    ):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size)
+        self.text = _network(hidden_size, width)
+        self.n_features = n_features
+        if n_features:
+            self.register_buffer("feature_mean", torch.zeros(n_features))
+            self.register_buffer("feature_std", torch.ones(n_features))
+            self.missing = nn.Parameter(torch.zeros(n_features))
+            self.project = nn.Linear(hidden_size, text_width)
+            self.features = nn.Sequential(
+                nn.Linear(n_features + text_width, feature_width),
+                nn.GELU(),
+                nn.Linear(feature_width, feature_width),
+                nn.GELU(),
+                nn.Linear(feature_width, 1),
+            )
+
+    @classmethod
+    def build(
+        cls,
+        hidden_size: int,
+        tokenizer: Any,  # noqa: ANN401
+        lm_head: Tensor | None,
+        *,
+        feature_names: Sequence[str] = (),
+        width: int = 0,
+        feature_width: int = 64,
+        text_width: int = 16,
+    ) -> ScoreHead:
+        """Returns the readout for a base.
+
+        Args:
+            hidden_size: H of the base.
+            tokenizer: Unused.
+            lm_head: Unused; encoders have none.
+            feature_names: Features in the order of `Batch.features`.
+            width: Hidden units on the text; 0 = a linear map.
+            feature_width: Hidden units of the feature network.
+            text_width: Text dimensions the feature network sees.
+
+        Raises:
+            ConfigError: a width is negative.
+        """
+        for key, value in (("width", width), ("feature_width", feature_width - 1)):
+            if value < 0:
+                raise ConfigError(f"readout.{key} is too small")
+        return cls(hidden_size, len(feature_names), width, feature_width, text_width)
+
+    def fit_features(self, features: Tensor) -> None:
+        """Sets the standardisation from features (M, F) of the training part, NaN = missing."""
+        present = ~features.isnan()
+        count = present.sum(dim=0).clamp_min(1)
+        mean = features.nan_to_num().sum(dim=0) / count
+        squares = (features.nan_to_num() - mean).square().masked_fill(~present, 0.0)
+        std = (squares.sum(dim=0) / count).sqrt()
+        self.feature_mean.copy_(mean)
+        self.feature_std.copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
+
+    def forward(self, states: Tensor, batch: Batch) -> Tensor:
+        """Returns scores (S, N) from states (R, T, H)."""
+        states = self.norm(states[batch.row, batch.end].float())  # (S, N, H)
+        scores = self.text(states).squeeze(-1)
+        if self.n_features:
+            scores = scores + self._feature_scores(states, batch)
+        return scores.masked_fill(~batch.mask, 0.0)
+
+    def _feature_scores(self, states: Tensor, batch: Batch) -> Tensor:
+        if batch.features is None:
+            raise ConfigError(
+                f"this readout was trained with {self.n_features} candidate features, "
+                "but the slates carry none"
+            )
+        numbers = (batch.features - self.feature_mean) / self.feature_std
+        numbers = torch.where(numbers.isnan(), self.missing, numbers)
+        return self.features(torch.cat([numbers, self.project(states)], dim=-1)).squeeze(-1)
+
+
+def _network(inputs: int, width: int) -> nn.Module:
+    if width == 0:
+        return nn.Linear(inputs, 1)
+    return nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, 1))

@@ -1,0 +1,193 @@
+"""Everything a run needs to continue exactly, as safetensors and JSON (never pickle).
+
+A checkpoint is a folder `checkpoint-<step>` that appears by one rename, so it is whole or absent.
+It holds only what trains (adapter, readout, optimizer, method state), never the base.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from peftrank.config import Config
+from peftrank.errors import AdapterError, ConfigError
+from peftrank.training.data import fingerprint
+from peftrank.training.run import Run, Snapshot, parameter_names, put_back, snapshot
+
+_KEEP = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run's state after `values["step"]` optimizer steps; tensors grouped by what they are."""
+
+    run: Path
+    values: dict[str, Any]
+    groups: dict[str, dict[str, Tensor]]
+
+
+def save(run: Run) -> Path:
+    """Writes a checkpoint of the run's current step and returns its folder.
+
+    Raises:
+        AdapterError: it cannot be written; checkpoints before it are untouched.
+    """
+    now = snapshot(run)
+    best = run.best_state or now
+    values = {
+        "config": run.config.model_dump(mode="json"),
+        "data": fingerprint(run.train),
+        "step": run.step,
+        "stale": run.stale,
+        "best": run.best if math.isfinite(run.best) else None,
+        "best_step": run.best_step,
+        "method": now.values,
+        "best_method": best.values,
+        "history": run.history,
+    }
+    groups = {
+        "adapter": now.tensors,
+        "readout": now.readout,
+        "best_adapter": best.tensors,
+        "best_readout": best.readout,
+        "optimizer": _optimizer_tensors(run),
+        "random": {"torch": torch.get_rng_state()},
+    }
+    folder = run.folder / f"checkpoint-{run.step}"
+    if run.accelerator.is_main_process:
+        _write(folder, values, groups)
+    run.accelerator.wait_for_everyone()
+    return folder
+
+
+def restore(run: Run, saved: Checkpoint) -> None:
+    """Puts a run of the same configuration where the checkpoint was.
+
+    Raises:
+        ConfigError: the training slates are not those of the saved run.
+    """
+    values, groups = saved.values, saved.groups
+    if values["data"] != fingerprint(run.train):
+        raise ConfigError("cannot resume: the training slates are not those of the saved run")
+    put_back(run, Snapshot(groups["adapter"], values["method"], groups["readout"]))
+    _restore_optimizer(run, groups["optimizer"])
+    torch.set_rng_state(groups["random"]["torch"])
+    run.step, run.stale, run.best_step = values["step"], values["stale"], values["best_step"]
+    run.history = values["history"]
+    if values["best"] is not None:
+        run.best = values["best"]
+        run.best_state = Snapshot(
+            groups["best_adapter"], values["best_method"], groups["best_readout"]
+        )
+
+
+def check_config(saved: Checkpoint, config: Config) -> None:
+    """Raises ConfigError naming every key in which `config` differs from the saved run's."""
+    then, now = _flat(saved.values["config"]), _flat(config.model_dump(mode="json"))
+    keys = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+    if keys:
+        shown = ", ".join(f"{k} (was {then.get(k)!r}, now {now.get(k)!r})" for k in keys)
+        raise ConfigError(f"cannot resume with another configuration: {shown}")
+
+
+def load(path: Path) -> Checkpoint:
+    """Returns the checkpoint in `path`, or the newest one if `path` is a run's folder.
+
+    Raises:
+        AdapterError: no checkpoint there, or it is damaged.
+    """
+    folder = path
+    if not (path / "state.json").is_file():
+        found = _all(path)
+        if not found:
+            raise AdapterError(
+                f"--resume {path}: no checkpoint here. Expected a checkpoint-<step> folder, or a "
+                "run's folder (adapters/<domain>/.runs/<run>) that holds some."
+            )
+        folder = found[-1]
+    try:
+        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        groups = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise AdapterError(
+            f"checkpoint {folder} is damaged: {error}. Resume from another."
+        ) from None
+    return Checkpoint(folder.parent, values, groups)
+
+
+def _write(final: Path, values: dict[str, Any], groups: dict[str, dict[str, Tensor]]) -> None:
+    run = final.parent
+    temporary = run / f".tmp-{final.name}-{os.getpid()}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, tensors in groups.items():
+            held = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+            save_file(held, temporary / f"{name}.safetensors")
+        (temporary / "state.json").write_text(json.dumps(values), encoding="utf-8")
+        for path in temporary.iterdir():
+            _sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _sync(run)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise AdapterError(
+            f"cannot save checkpoint {final}: {error}. Free space or fix permissions, then "
+            "continue from the checkpoint before it with --resume."
+        ) from error
+    for old in _all(run)[:-_KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _optimizer_tensors(run: Run) -> dict[str, Tensor]:
+    """Returns the optimizer's state as `<parameter>/<slot>` tensors."""
+    names = parameter_names(run)
+    return {
+        f"{names[parameter]}/{slot}": torch.as_tensor(value)
+        for parameter, state in run.optimizer.optimizer.state.items()
+        for slot, value in state.items()
+    }
+
+
+def _restore_optimizer(run: Run, tensors: dict[str, Tensor]) -> None:
+    by_name = {name: parameter for parameter, name in parameter_names(run).items()}
+    for key, value in tensors.items():
+        name, _, slot = key.rpartition("/")
+        parameter = by_name[name]
+        # AdamW keeps its scalar `step` on the CPU; moments live beside their parameter.
+        held = value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
+        run.optimizer.optimizer.state[parameter][slot] = held
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _all(run: Path) -> list[Path]:
+    found = [p for p in run.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[-1]))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

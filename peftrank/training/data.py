@@ -1,0 +1,104 @@
+"""Which slates a run reads, and in what order.
+
+The order is a function of the seed and the epoch alone, so a resumed run continues exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from peftrank.config import DataConfig
+from peftrank.errors import ConfigError
+from peftrank.formats.slates import read_slates
+from peftrank.samples import sample_path, samples
+from peftrank.types import Slate
+
+
+def part_path(data: DataConfig, domain: str, part: str) -> Path:
+    """Returns the file of a part (`train`, `valid` or `test`): configured, or the sample's.
+
+    Raises:
+        ConfigError: the part is not configured and the domain has no embedded sample.
+    """
+    configured: Path | None = getattr(data, part)
+    if configured is not None:
+        return configured
+    if any(getattr(data, name) is not None for name in ("train", "valid", "test")):
+        raise ConfigError(
+            f"data.{part} is not set. Give the {part} slates with --set data.{part}=FILE "
+            "(or --data FOLDER with train, valid and test files in it)."
+        )
+    if domain not in samples():
+        raise ConfigError(
+            f"domain {domain!r} has no embedded sample, so data.{part} must name a file of slates. "
+            "Make one with: peftrank data prepare --help"
+        )
+    return sample_path(domain, part)
+
+
+def folder_data(folder: Path) -> DataConfig:
+    """Returns the parts found in a folder that `peftrank data prepare` wrote.
+
+    Raises:
+        ConfigError: the folder holds no train, valid or test file.
+    """
+    found = {
+        part: path
+        for part in ("train", "valid", "test")
+        for path in (folder / f"{part}.jsonl", folder / f"{part}.parquet")
+        if path.is_file()
+    }
+    if not found:
+        raise ConfigError(
+            f"--data {folder}: no train, valid or test file (.jsonl or .parquet) in this folder. "
+            "Write them with: peftrank data prepare"
+        )
+    return DataConfig(**found)
+
+
+def read_part(data: DataConfig, domain: str, part: str) -> list[Slate]:
+    """Returns a part's slates in file order."""
+    return list(read_slates(part_path(data, domain, part), items=data.items))
+
+
+def step_batches(
+    n_slates: int, batch_size: int, seed: int, first_step: int, total_steps: int
+) -> Iterator[np.ndarray]:
+    """Yields the slate indices of each optimizer step from `first_step` (0-based) on.
+
+    Every epoch is a fresh permutation; an epoch's last batch may be smaller.
+    """
+    per_epoch = steps_per_epoch(n_slates, batch_size)
+    for epoch in range(first_step // per_epoch, -(-total_steps // per_epoch)):
+        order = np.random.default_rng([seed, epoch]).permutation(n_slates)
+        for i in range(per_epoch):
+            if first_step <= epoch * per_epoch + i < total_steps:
+                yield order[i * batch_size : (i + 1) * batch_size]
+
+
+def steps_per_epoch(n_slates: int, batch_size: int) -> int:
+    """Returns the optimizer steps that read every slate once."""
+    return -(-n_slates // batch_size)
+
+
+def fingerprint(slates: Sequence[Slate]) -> str:
+    """Returns a SHA-256 over ids and labels: equal for equal data in equal order."""
+    digest = hashlib.sha256()
+    for slate in slates:
+        row = (
+            slate.slate_id,
+            [item.item_id for item in slate.history],
+            [item.item_id for item in slate.candidates],
+            slate.labels,
+        )
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
+
+
+def feature_names(slates: Sequence[Slate]) -> tuple[str, ...]:
+    """Returns the candidate features that occur in the slates, sorted."""
+    return tuple(sorted({n for s in slates for item in s.candidates for n in item.features}))

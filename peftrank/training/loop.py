@@ -1,0 +1,232 @@
+"""The one training loop: slates in, a new version of a domain's adapter in the store out.
+
+Only adapter and readout weights change. Gradients are those of the whole batch, however it is cut
+into forward passes or spread over processes: losses are per slate and are divided by the batch's
+number of slates. A run continues exactly from its checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+
+from peftrank.base import Base
+from peftrank.config import Config
+from peftrank.errors import PeftRankError
+from peftrank.metrics import per_slate
+from peftrank.training import checkpoint
+from peftrank.training.data import step_batches, steps_per_epoch
+from peftrank.training.progress import Progress
+from peftrank.training.publish import publish
+from peftrank.training.run import Run, new_folder, passes, put_back, snapshot, start
+from peftrank.types import Slate
+
+SELECT_BY = "ndcg@10"
+
+
+class Interrupted(PeftRankError):
+    """The run was asked to stop. Its checkpoint is saved; the message says how to continue."""
+
+    exit_code = 1
+
+
+def train(
+    config: Config,
+    *,
+    output: Path = Path("adapters"),
+    resume: Path | None = None,
+    base: Base | None = None,
+    progress: bool = False,
+) -> Path:
+    """Trains an adapter and returns the folder of the new, active version in the store `output`.
+
+    Args:
+        config: The run. `peftrank.config.load_config` makes one.
+        output: The store.
+        resume: A run's folder or one of its checkpoints; `config` must be the run's own.
+        base: An already loaded base to train on; absent: loaded from `config.base`. It is given
+            back without adapter layers.
+        progress: Show a progress bar with the time left.
+
+    Raises:
+        ConfigError, DataError, BaseModelError, AdapterError: see their messages.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint is saved.
+    """
+    saved = None if resume is None else checkpoint.load(resume)
+    if saved is not None:
+        checkpoint.check_config(saved, config)
+    run = start(config, saved.run if saved else new_folder(output, config), base)
+    try:
+        if saved is not None:
+            checkpoint.restore(run, saved)
+        with _stop_signals() as stopping, Progress(run.total_steps, shown=progress) as bar:
+            _steps(run, bar, stopping)
+            value = _finish(run)
+        return publish(run, output, {f"valid_{SELECT_BY}": value})
+    finally:
+        run.adapted.unload()
+        run.accelerator.end_training()
+
+
+def learning_rate_factor(step: int, total_steps: int, warmup_ratio: float, schedule: str) -> float:
+    """Returns what the learning rate is multiplied by at optimizer step `step` (0-based)."""
+    warmup = round(warmup_ratio * total_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return 1.0
+    done = (step - warmup) / max(1, total_steps - warmup)
+    return 0.5 * (1.0 + math.cos(math.pi * done)) if schedule == "cosine" else 1.0 - done
+
+
+def _steps(run: Run, bar: Progress, stopping: threading.Event) -> None:
+    training = run.config.training
+    run.start_log()
+    batches = step_batches(
+        len(run.train), training.batch_size, run.config.seed, run.step, run.total_steps
+    )
+    for indices in batches:
+        started = time.perf_counter()
+        values = _optimize(run, [run.train[i] for i in indices])
+        run.step += 1
+        values["slates_per_second"] = len(indices) / (time.perf_counter() - started)
+        last = run.step == run.total_steps
+        if run.step % training.eval_steps == 0 or last:
+            values[f"valid_{SELECT_BY}"] = _evaluate(run)
+        run.log(values)
+        bar.update(run.step, values)
+        if run.stale >= training.patience:
+            return
+        if stopping.is_set() and not last:
+            raise Interrupted(
+                f"stopped after step {run.step} of {run.total_steps}. "
+                f"Continue with: peftrank train --resume {checkpoint.save(run)}"
+            )
+        if run.step % training.checkpoint_steps == 0 and not last:
+            checkpoint.save(run)
+
+
+def _optimize(run: Run, slates: Sequence[Slate]) -> dict[str, float]:
+    """Takes one optimizer step on a batch and returns what to log."""
+    training = run.config.training
+    factor = learning_rate_factor(
+        run.step, run.total_steps, training.warmup_ratio, training.schedule
+    )
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    loss = _backward(run, slates)
+    if not math.isfinite(loss):
+        raise PeftRankError(
+            f"the loss is {loss} at step {run.step + 1}. Lower training.learning_rate "
+            f"(now {run.learning_rate}) or training.max_grad_norm."
+        )
+    trainable = [p for group in run.optimizer.param_groups for p in group["params"]]
+    norm = run.accelerator.clip_grad_norm_(trainable, training.max_grad_norm)
+    run.optimizer.step()
+    run.method.after_step(run.adapted, run.step + 1)  # reads the gradients
+    run.optimizer.zero_grad()
+    return {
+        "loss": loss,
+        "grad_norm": float(norm),
+        "learning_rate": run.learning_rate * factor,
+        "epoch": (run.step + 1) / steps_per_epoch(len(run.train), training.batch_size),
+    }
+
+
+def _backward(run: Run, slates: Sequence[Slate]) -> float:
+    """Adds the batch's gradients, pass by pass, and returns its loss on this process."""
+    accelerator = run.accelerator
+    mine = slates[accelerator.process_index :: accelerator.num_processes]
+    scale = accelerator.num_processes / len(slates)  # gradients are averaged over processes
+    run.model.train()
+    parts = list(passes(run, mine))
+    loss = 0.0
+    for i, (_, batch) in enumerate(parts):
+        last = i == len(parts) - 1
+        with nullcontext() if last else accelerator.no_sync(run.model):
+            scores = run.model(batch)
+            value = (
+                run.loss(scores, batch.labels, batch.mask, **run.config.loss.options).sum() * scale
+            )
+            loss += float(value.detach())
+            penalty = run.method.penalty(run.adapted) if last else None
+            accelerator.backward(value if penalty is None else value + penalty)
+    return loss
+
+
+def _evaluate(run: Run) -> float:
+    """Returns the mean validation nDCG@10 and keeps the state if it is the best so far."""
+    value = _valid_ndcg(run)
+    if value > run.best:
+        run.best, run.best_step, run.stale = value, run.step, 0
+        run.best_state = snapshot(run)
+    else:
+        run.stale += 1
+    return value
+
+
+def _valid_ndcg(run: Run) -> float:
+    accelerator = run.accelerator
+    mine = run.valid[accelerator.process_index :: accelerator.num_processes]
+    values: list[float] = []
+    run.model.eval()
+    with torch.no_grad():
+        for part, batch in passes(run, mine):
+            rows = run.model(batch).tolist()
+            scores = [row[: len(s.candidates)] for row, s in zip(rows, part, strict=True)]
+            values += per_slate(SELECT_BY, part, scores).tolist()
+    return float(np.nanmean(gather_object(values)))
+
+
+def _finish(run: Run) -> float:
+    """Leaves the best finished state in the model and returns its validation nDCG@10.
+
+    The best state may lie before AdaLoRA reached its budget, and finishing prunes it. So the best
+    and the last state are both finished, measured as they will be exported, and compared.
+    """
+    run.method.finalize(run.adapted)
+    last_value = _valid_ndcg(run)
+    if run.best_state is None or run.best_step == run.step:
+        return last_value
+    last = snapshot(run)
+    put_back(run, run.best_state)
+    run.method.finalize(run.adapted)
+    best_value = _valid_ndcg(run)
+    if best_value >= last_value:
+        return best_value
+    put_back(run, last)
+    run.best_step = run.step
+    return last_value
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Turns Ctrl-C and SIGTERM into a request to stop after the step; a second one is immediate."""
+    stopping = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def request(number: int, frame: FrameType | None) -> None:
+        stopping.set()
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    for each in previous:
+        signal.signal(each, request)
+    try:
+        yield stopping
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)

@@ -1,0 +1,105 @@
+"""A finished run becomes a version in the store, and proves that it scores as it did in training.
+
+The check reads the new files back, puts them on the bare base and compares scores; only then is
+the version activated. So an adapter or a readout that was not really saved is never published.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftrank import __version__
+from peftrank.card import adapter_card
+from peftrank.errors import AdapterError
+from peftrank.ranker import Ranker
+from peftrank.store import AdapterFiles, activate, save_adapter
+from peftrank.training.data import fingerprint
+from peftrank.training.run import Run, passes
+from peftrank.types import Slate
+
+_CHECKED_SLATES = 8
+_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+
+
+def publish(run: Run, output: Path, metrics: dict[str, float]) -> Path:
+    """Saves, checks and activates the run's adapter; returns its folder. Unloads it from the base.
+
+    Raises:
+        AdapterError: the disk refuses, or the saved adapter does not give the scores it gave.
+    """
+    config, tensors = run.method.export(run.adapted)
+    checked = run.valid[:_CHECKED_SLATES]
+    expected = _scores(run, checked)
+    manifest = _manifest(run, metrics)
+    files = AdapterFiles(
+        peft_config=config.to_dict(),
+        tensors={name: tensor.detach().cpu() for name, tensor in tensors.items()},
+        readout={name: t.detach().cpu() for name, t in run.readout.state_dict().items()},
+        manifest=manifest,
+    )
+    path = save_adapter(
+        output, run.config.domain, files, card=adapter_card(manifest), activate=False
+    )
+    run.adapted.unload()
+    _check(run, path, checked, expected)
+    activate(output, run.config.domain, path.name)
+    return path
+
+
+def _scores(run: Run, slates: list[Slate]) -> dict[str, torch.Tensor]:
+    run.model.eval()
+    found = {}
+    with torch.no_grad():
+        for part, batch in passes(run, slates):
+            scores = run.model(batch).float().cpu()
+            for row, slate in zip(scores, part, strict=True):
+                found[slate.slate_id] = row[: len(slate.candidates)]
+    return found
+
+
+def _check(run: Run, path: Path, slates: list[Slate], expected: dict[str, torch.Tensor]) -> None:
+    ranker = Ranker(run.base)
+    domain = ranker.load_adapter(path)
+    found = ranker.score(slates, domain=domain)
+    before = torch.cat([expected[slate.slate_id] for slate in slates])
+    after = torch.cat([torch.tensor(scores) for scores in found])
+    ranker.unload_adapter(domain)
+    # Rounding differs where AdaLoRA's three factors became LoRA's two.
+    relative = 1e-3 if run.base.compute_dtype == torch.float32 else 5e-2
+    worst = float((before - after).abs().max())
+    limit = relative * max(1.0, float(before.abs().max()))
+    if not worst <= limit:
+        raise AdapterError(
+            f"the adapter saved in {path} does not score as it did in training: scores differ by "
+            f"up to {worst:.3g} (limit {limit:.3g}). It was not activated. Please report this."
+        )
+
+
+def _manifest(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
+    config = run.config.model_dump(mode="json")
+    # Where the data lay on this machine is nobody's business; what it was is the fingerprint.
+    config["data"] = {key: value and Path(value).name for key, value in config["data"].items()}
+    return {
+        "peftrank_version": __version__,
+        "method": {"name": run.config.method.name, "options": run.config.method.options},
+        "domain": run.config.domain,
+        "prompt": run.template.describe(),
+        "readout": {
+            "name": run.config.readout.name,
+            "options": run.config.readout.options,
+            "feature_names": list(run.features),
+        },
+        "base": asdict(run.base.identity),
+        "config": config,
+        "metrics": {**metrics, "best_step": run.best_step, "steps": run.step},
+        "data": {
+            "fingerprint": fingerprint(run.train),
+            "counts": {"train": len(run.train), "valid": len(run.valid)},
+        },
+        "versions": {name: metadata.version(name) for name in _LIBRARIES},
+    }

@@ -1,0 +1,261 @@
+"""A training run's parts: how they are put together, and what of them is its state."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from peftrank import plugins
+from peftrank.base import Base, load_base
+from peftrank.config import Config
+from peftrank.errors import DataError
+from peftrank.model import RankingModel, move
+from peftrank.prompts import PromptTemplate, feature_tensor, micro_batches, pack, token_count
+from peftrank.training.data import feature_names, read_part, steps_per_epoch
+from peftrank.types import Batch, PromptTree, Slate
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What trains, at one step: enough to export it or go on from it."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+    readout: dict[str, Tensor]
+
+
+@dataclass
+class Run:
+    """A run's parts and its mutable progress."""
+
+    config: Config
+    accelerator: Accelerator
+    base: Base
+    template: PromptTemplate
+    adapted: peft.PeftModel
+    method: Any
+    model: nn.Module
+    """RankingModel, wrapped for the processes it runs on."""
+    readout: nn.Module
+    optimizer: Any
+    loss: Any
+    train: list[Slate]
+    valid: list[Slate]
+    features: tuple[str, ...]
+    total_steps: int
+    learning_rate: float
+    """Peak learning rate of the adapter."""
+    folder: Path
+    step: int = 0
+    stale: int = 0
+    """Evaluations since the best one."""
+    best: float = -math.inf
+    best_step: int = 0
+    best_state: Snapshot | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+    """What was logged, one row per step."""
+
+    trees: dict[str, PromptTree] = field(default_factory=dict)
+
+    def tree(self, slate: Slate) -> PromptTree:
+        """Returns the slate's prompt tree, made once in a run."""
+        if slate.slate_id not in self.trees:
+            self.trees[slate.slate_id] = self.template.tree(slate)
+        return self.trees[slate.slate_id]
+
+    def start_log(self) -> None:
+        """Opens `metrics.jsonl` with the rows up to now, so that no step appears twice."""
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            rows = "".join(json.dumps(row) + "\n" for row in self.history)
+            (self.folder / "metrics.jsonl").write_text(rows, encoding="utf-8")
+        if self.config.training.trackers:
+            self.accelerator.init_trackers("peftrank")
+
+    def log(self, values: dict[str, float]) -> None:
+        """Adds a row to `metrics.jsonl` and to the configured trackers."""
+        self.history.append({"step": self.step, **values})
+        if self.accelerator.is_main_process:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.history[-1]) + "\n")
+        self.accelerator.log(values, step=self.step)
+
+
+def start(config: Config, folder: Path, base: Base | None) -> Run:
+    """Returns a run at step 0, with everything loaded and checked.
+
+    Raises:
+        ConfigError, DataError, BaseModelError: see their messages.
+    """
+    training = config.training
+    train, valid = _labelled_part(config, "train"), _labelled_part(config, "valid")
+    valid = valid[: training.eval_slates]
+    total_steps = training.max_steps or training.epochs * steps_per_epoch(
+        len(train), training.batch_size
+    )
+    method = plugins.load("methods", config.method.name)(
+        total_steps=total_steps, **config.method.options
+    )
+    loss = plugins.load("losses", config.loss.name)
+    accelerator = Accelerator(
+        mixed_precision="no" if training.mixed_precision == "auto" else training.mixed_precision,
+        log_with=list(training.trackers) or None,
+        project_dir=str(folder) if training.trackers else None,
+    )
+    torch.manual_seed(config.seed)
+    base = base or _load_base(config, accelerator.device)
+    features = feature_names(train)
+    readout = _build_readout(config, base, features, train)
+    template = PromptTemplate(
+        base.tokenizer,
+        **prompt_arguments(config),
+        turn=readout.turn,
+        max_depth=base.max_depth,
+    )
+    adapted = peft.get_peft_model(base.model, method.config(base.model))
+    ranking = RankingModel(base, readout)
+    learning_rate = training.learning_rate or method.learning_rate
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(ranking, learning_rate, training.readout_learning_rate),
+        weight_decay=training.weight_decay,
+    )
+    model, optimizer = accelerator.prepare(ranking, optimizer)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        base=base,
+        template=template,
+        adapted=adapted,
+        method=method,
+        model=model,
+        readout=readout,
+        optimizer=optimizer,
+        loss=loss,
+        train=train,
+        valid=valid,
+        features=features,
+        total_steps=total_steps,
+        learning_rate=learning_rate,
+        folder=folder,
+    )
+
+
+def _labelled_part(config: Config, part: str) -> list[Slate]:
+    slates = read_part(config.data, config.domain, part)
+    if not slates:
+        raise DataError(f"the {part} part of domain {config.domain!r} holds no slate")
+    for slate in slates:
+        if slate.labels is None:
+            raise DataError(f"slate {slate.slate_id!r} of the {part} part has no labels")
+    return slates
+
+
+def _load_base(config: Config, device: torch.device) -> Base:
+    return load_base(
+        config.base.name,
+        quantization=config.base.quantization,
+        double_quant=config.base.double_quant,
+        compute_dtype=config.base.compute_dtype,
+        revision=config.base.revision,
+        device=str(device),
+    )
+
+
+def _build_readout(
+    config: Config, base: Base, features: tuple[str, ...], train: Sequence[Slate]
+) -> nn.Module:
+    readout: nn.Module = (
+        plugins.load("readouts", config.readout.name)
+        .build(
+            base.hidden_size,
+            base.tokenizer,
+            base.lm_head,
+            feature_names=features,
+            **config.readout.options,
+        )
+        .to(base.device)
+    )
+    if features:
+        missing = float("nan")
+        rows = [
+            [item.features.get(name, missing) for name in features]
+            for slate in train
+            for item in slate.candidates
+        ]
+        readout.fit_features(torch.tensor(rows, device=base.device))
+    return readout
+
+
+def prompt_arguments(config: Config) -> dict[str, Any]:
+    """Returns the configured arguments of PromptTemplate, but for `turn` and `max_depth`."""
+    prompt = config.prompt
+    return {
+        **prompt.model_dump(exclude={"template"}),
+        "parts": prompt.template.model_dump(),
+    }
+
+
+def new_folder(output: Path, config: Config) -> Path:
+    """Returns a folder for a new run under the domain's `.runs`, named by time and method."""
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
+    return output / config.domain / ".runs" / f"{stamp}-{config.method.name.replace(':', '-')}"
+
+
+def snapshot(run: Run) -> Snapshot:
+    """Returns a copy of what trains."""
+    tensors, values = run.method.state_dict(run.adapted)
+    return Snapshot(
+        {name: tensor.detach().clone() for name, tensor in tensors.items()},
+        json.loads(json.dumps(values)),
+        {name: tensor.detach().clone() for name, tensor in run.readout.state_dict().items()},
+    )
+
+
+def put_back(run: Run, state: Snapshot) -> None:
+    """Makes a snapshot the current state."""
+    run.method.load_state_dict(run.adapted, state.tensors, state.values)
+    run.readout.load_state_dict(state.readout)
+
+
+def passes(run: Run, slates: Sequence[Slate]) -> Iterator[tuple[list[Slate], Batch]]:
+    """Yields slates cut into forward passes of at most `micro_tokens`, and the pass's batch.
+
+    One user's slates adjoin, so that they share their history in a row.
+    """
+    ordered = sorted(slates, key=lambda s: (s.user_id, len(s.history), s.slate_id))
+    trees = [run.tree(slate) for slate in ordered]
+    lengths = [token_count(tree) for tree in trees]
+    for group in micro_batches(lengths, run.config.training.micro_tokens):
+        part = [ordered[i] for i in group]
+        batch = pack(
+            [trees[i] for i in group],
+            pad_token_id=run.base.pad_token_id,
+            labels=[slate.labels for slate in part],
+            features=feature_tensor(part, run.features) if run.features else None,
+        )
+        yield part, move(batch, run.base.device)
+
+
+def _parameter_groups(
+    model: RankingModel, adapter_rate: float, readout_rate: float
+) -> list[dict[str, Any]]:
+    adapter = [p for p in model.backbone.parameters() if p.requires_grad]
+    readout = [p for p in model.readout.parameters() if p.requires_grad]
+    groups = ((adapter, adapter_rate), (readout, readout_rate))
+    return [{"params": p, "lr": rate, "initial_lr": rate} for p, rate in groups if p]
+
+
+def parameter_names(run: Run) -> dict[Tensor, str]:
+    """Returns the name of every parameter that trains."""
+    model = run.accelerator.unwrap_model(run.model)
+    return {p: name for name, p in model.named_parameters() if p.requires_grad}

@@ -1,0 +1,120 @@
+"""The plain values that flow through the package. No logic lives here.
+
+    raw log -> Slate -> PromptTree -> Batch -> hidden states -> scores -> loss, or RankedList
+
+Letters in shapes: R rows, T tokens per row, H hidden size, S slates, N candidates per slate
+(padded), F candidate features, G segments per row. `mask` is always bool, True = real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One thing that can be recommended: its id, its text fields and its numbers."""
+
+    item_id: str
+    fields: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
+    """Text shown to the model, by field name: `{"title": "..."}`."""
+    features: Mapping[str, float] = field(default_factory=lambda: _EMPTY)
+    """Numbers known about this candidate in this slate, by feature name. Missing = unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slate:
+    """One candidate list shown (or to be shown) to one user."""
+
+    slate_id: str
+    user_id: str
+    history: tuple[Item, ...]
+    """Oldest first."""
+    candidates: tuple[Item, ...]
+    labels: tuple[float, ...] | None = None
+    """Graded relevance >= 0, one per candidate; None when unknown (at ranking time)."""
+    history_feedback: tuple[float, ...] | None = None
+    """What the user gave each history item (a rating, a play count), one per history item."""
+    timestamp: float | None = None
+    """When the slate was shown: UTC epoch seconds."""
+    domain: str | None = None
+    context: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
+    """Further text a template may use: `{"device": "phone"}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankedList:
+    """A slate's candidates, best first."""
+
+    slate_id: str
+    item_ids: tuple[str, ...]
+    scores: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of tokens in a prompt tree. It sees itself and the segments on its path to the root."""
+
+    tokens: tuple[int, ...]
+    parent: int
+    """Index of the parent in `PromptTree.segments` (always smaller than its own), -1 for a root."""
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateSpan:
+    """Where one candidate's text lies: tokens[start:stop] of one segment."""
+
+    segment: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTree:
+    """A slate as the model reads it. `candidates` are in the slate's candidate order."""
+
+    slate_id: str
+    segments: tuple[Segment, ...]
+    candidates: tuple[CandidateSpan, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Several prompt trees packed into rows, with everything a readout and a loss need.
+
+    Token positions in `end`, `start`, `stop` and `before` index into the row `row`.
+    """
+
+    input_ids: Tensor
+    """(R, T) long; padding holds the pad token."""
+    position_ids: Tensor
+    """(R, T) long; a token's depth in tokens on its path to the root. 0 at padding."""
+    segment_ids: Tensor
+    """(R, T) long; row-local segment index, -1 at padding."""
+    ancestors: Tensor
+    """(R, G, G) bool; [r, i, j] = segment j is on the path of segment i (i itself included)."""
+    row: Tensor
+    """(S, N) long; the row each candidate lies in."""
+    end: Tensor
+    """(S, N) long; last token of the candidate's segment, where scalar readouts read."""
+    start: Tensor
+    """(S, N) long; first token of the candidate's own text."""
+    stop: Tensor
+    """(S, N) long; one past the last token of the candidate's own text."""
+    before: Tensor
+    """(S, N) long; the token that precedes `start` on its path (its parent's last), -1 if none."""
+    mask: Tensor
+    """(S, N) bool; False where a shorter slate is padded."""
+    labels: Tensor | None = None
+    """(S, N) float; 0 at padding."""
+    features: Tensor | None = None
+    """(S, N, F) float, NaN = missing."""
+    slate_ids: tuple[str, ...] = ()

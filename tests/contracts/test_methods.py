@@ -1,0 +1,239 @@
+"""What every PEFT method promises, checked for every file in peftrank/methods/."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
+
+from peftrank import plugins
+from peftrank.base import base_from_model
+
+METHODS = plugins.available("methods")
+STEPS = 12
+pytestmark = pytest.mark.parametrize("name", METHODS)
+on_both = pytest.mark.parametrize("base", ["tiny_decoder", "tiny_encoder"], indirect=True)
+
+
+@pytest.fixture
+def base(request):
+    return request.getfixturevalue(request.param)
+
+
+def start(name, base, **options):
+    """The method, its PeftModel and an untouched copy of the base model."""
+    method = plugins.load("methods", name)(total_steps=STEPS, **options)
+    untouched = copy.deepcopy(base.model)
+    torch.manual_seed(0)
+    return method, get_peft_model(base.model, method.config(base.model)), untouched
+
+
+def hidden(base):
+    """Hidden states (2, 9, H) of fixed tokens."""
+    # base.hidden_states runs the same modules: PEFT changes the base model in place.
+    ids = torch.arange(18).view(2, 9) + 10
+    return base.hidden_states(ids, torch.zeros(2, 1, 9, 9), torch.arange(9).expand(2, 9))
+
+
+def trainable(peft_model):
+    return {n: p for n, p in peft_model.named_parameters() if p.requires_grad}
+
+
+def train(method, peft_model, base, steps=STEPS):
+    peft_model.train()
+    optimizer = torch.optim.AdamW(trainable(peft_model).values(), lr=1e-2)
+    for step in range(1, steps + 1):
+        loss = hidden(base).pow(2)[..., :4].mean()
+        penalty = method.penalty(peft_model)
+        (loss if penalty is None else loss + penalty).backward()
+        optimizer.step()
+        method.after_step(peft_model, step)
+        optimizer.zero_grad()
+    method.finalize(peft_model)
+    peft_model.eval()
+
+
+def save(method, peft_model, folder):
+    config, tensors = method.export(peft_model)
+    config.save_pretrained(folder)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return tensors
+
+
+@on_both
+@torch.no_grad()
+def test_training_starts_at_the_base_exactly(name, base):
+    before = hidden(base)
+    start(name, base)
+    torch.testing.assert_close(hidden(base), before, rtol=0, atol=0)
+
+
+@on_both
+def test_gradients_reach_every_trainable_tensor_after_an_evaluation_pass(name, base):
+    method, model, _ = start(name, base)
+    model.eval()
+    with torch.no_grad():
+        hidden(base)
+    train(method, model, base, steps=3)  # what starts at zero has moved by then
+    hidden(base)[..., :4].pow(2).mean().backward()
+    assert trainable(model)
+    for key, parameter in trainable(model).items():
+        assert parameter.dtype == torch.float32
+        assert parameter.grad is not None, key
+        # A module that AdaLoRA has pruned away gets zeros.
+        assert parameter.grad.abs().sum() > 0 or name == "adalora", key
+
+
+@on_both
+def test_training_changes_no_tensor_of_the_base(name, base):
+    method, model, untouched = start(name, base)
+    train(method, model, base)
+    own = model.base_model.model.state_dict()
+    for key, tensor in untouched.state_dict().items():
+        layer, _, part = key.rpartition(".")
+        now = own[key] if key in own else own[f"{layer}.base_layer.{part}"]
+        assert torch.equal(now, tensor), key
+
+
+@on_both
+def test_the_exported_files_give_the_same_hidden_states_in_plain_peft(name, base, tmp_path):
+    method, model, untouched = start(name, base)
+    with torch.no_grad():
+        before = hidden(base)
+    train(method, model, base)
+    tensors = save(method, model, tmp_path)
+    PeftModel.from_pretrained(untouched, tmp_path)
+    again = base_from_model(untouched, base.tokenizer, name="again")
+    with torch.no_grad():
+        expected = hidden(base)
+        torch.testing.assert_close(hidden(again), expected, rtol=0, atol=1e-5)
+    assert (expected - before).abs().max() > 1e-4
+    assert all(key.startswith("base_model.model.") for key in tensors)
+    assert all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors.values())
+
+
+@on_both
+def test_the_configuration_names_the_base_and_the_task(name, base):
+    base.model.name_or_path = "somewhere/base"
+    config = plugins.load("methods", name)(total_steps=STEPS).config(base.model)
+    assert config.base_model_name_or_path == "somewhere/base"
+    assert config.task_type == ("CAUSAL_LM" if base.is_decoder else "FEATURE_EXTRACTION")
+
+
+@on_both
+def test_top_k_adapts_only_the_last_blocks(name, base):
+    _, model, _ = start(name, base, layers="top-1")
+    assert trainable(model)
+    assert not any(".0." in key for key in trainable(model))
+
+
+@on_both
+def test_a_resumed_run_equals_an_uninterrupted_one(name, base):
+    method, model, untouched = start(name, base)
+    again = base_from_model(copy.deepcopy(untouched), base.tokenizer, name="again")
+    halves = [(method, model, base, range(1, 6)), (*start(name, again)[:2], again, range(6, 13))]
+    state = None
+    for method_, model_, base_, steps in halves:
+        optimizer = torch.optim.AdamW(trainable(model_).values(), lr=1e-2)
+        if state is not None:
+            method_.load_state_dict(model_, *state[:2])
+            optimizer.load_state_dict(state[2])
+        _run(method_, model_, base_, optimizer, steps)
+        state = (*method_.state_dict(model_), copy.deepcopy(optimizer.state_dict()))
+    whole = base_from_model(untouched, base.tokenizer, name="whole")
+    method, model, _ = start(name, whole)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2)
+    _run(method, model, whole, optimizer, range(1, 13))
+    tensors, values = method.state_dict(model)
+    assert values == state[1]
+    assert tensors.keys() == state[0].keys()
+    assert all(torch.equal(tensors[key], state[0][key]) for key in tensors)
+
+
+def _run(method, model, base, optimizer, steps):
+    for step in steps:
+        loss = hidden(base).pow(2)[..., :4].mean()
+        penalty = method.penalty(model)
+        (loss if penalty is None else loss + penalty).backward()
+        optimizer.step()
+        method.after_step(model, step)
+        optimizer.zero_grad()
+
+
+@on_both
+def test_exporting_does_not_disturb_training(name, base):
+    method, model, _ = start(name, base)
+    train(method, model, base, steps=4)
+    before = method.state_dict(model)
+    method.export(model)
+    after = method.state_dict(model)
+    assert before[1] == after[1]
+    assert all(torch.equal(before[0][key], after[0][key]) for key in before[0])
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+def test_every_method_trains_and_loads_on_a_quantized_base(
+    name, quantization, tiny_decoder, tmp_path
+):
+    tiny_decoder.model.save_pretrained(tmp_path / "base")
+    tokenizer = tiny_decoder.tokenizer
+    base = base_from_model(_quantized(tmp_path / "base", quantization), tokenizer, name="q")
+    method, model, _ = start(name, base)
+    model.eval()
+    with torch.no_grad():
+        before = hidden(base)
+    train(method, model, base)
+    save(method, model, tmp_path)
+    fresh = base_from_model(_quantized(tmp_path / "base", quantization), tokenizer, name="q")
+    PeftModel.from_pretrained(fresh.model, tmp_path)
+    with torch.no_grad():
+        expected = hidden(base)
+        torch.testing.assert_close(hidden(fresh), expected, rtol=0, atol=1e-4)
+    assert (expected - before).abs().max() > 1e-4
+
+
+def _quantized(folder, quantization):
+    import bitsandbytes
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if quantization == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.float32
+    )
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False  # repacked weights give no gradients
+    return model
+
+
+@pytest.mark.slow
+def test_every_method_trains_and_loads_on_smollm2_in_nf4(name, smollm2_nf4, tmp_path):
+    base = smollm2_nf4
+    method = plugins.load("methods", name)(total_steps=6, layers="top-4")
+    model = get_peft_model(base.model, method.config(base.model))
+    try:
+        with torch.no_grad():
+            before = hidden(base)
+        train(method, model, base, steps=6)
+        with torch.no_grad():
+            expected = hidden(base)
+        save(method, model, tmp_path)
+    finally:
+        model.unload()
+    with torch.no_grad():
+        plain = hidden(base)
+    loaded = PeftModel.from_pretrained(base.model, tmp_path)
+    try:
+        with torch.no_grad():
+            actual = hidden(base)
+    finally:
+        loaded.unload()
+    assert torch.equal(plain, before)
+    assert (expected - before).abs().max() > 0.1
+    # AdaLoRA's own layers round once more in bfloat16 than the LoRA it is exported as.
+    scale = expected.float().abs().max()
+    assert (actual - expected).float().abs().max() < (0.05 * scale if name == "adalora" else 1e-5)

@@ -1,0 +1,360 @@
+import asyncio
+import copy
+import threading
+import time
+from contextlib import contextmanager
+
+import peft
+import pytest
+import torch
+
+from peftrank import plugins
+from peftrank.bank import Bank
+from peftrank.base import base_from_model, state_hash
+from peftrank.errors import AdapterError
+from peftrank.store import AdapterFiles
+
+METHODS = {
+    "lora": ("lora", {"r": 4}),
+    "rslora": ("lora", {"r": 4, "rslora": True}),
+    "dora": ("lora", {"r": 4, "dora": True}),
+    "adalora": ("adalora", {"init_r": 6, "target_r": 3}),
+    "pfeiffer": ("adapter", {"kind": "pfeiffer"}),
+    "houlsby": ("adapter", {"kind": "houlsby"}),
+    "parallel": ("adapter", {"kind": "parallel"}),
+}
+
+
+def randomize(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.add_(0.2 * noise)
+
+
+def clone(base):
+    """An equal base that PEFT may change."""
+    return base_from_model(copy.deepcopy(base.model), base.tokenizer, name="clone")
+
+
+def trained(base, method, seed=1):
+    """A PeftModel with random weights, and its exported files."""
+    name, options = METHODS[method]
+    made = plugins.load("methods", name)(total_steps=100, **options)
+    model = peft.get_peft_model(base.model, made.config(base.model))
+    randomize(model, seed)
+    made.finalize(model)
+    config, tensors = made.export(model)
+    return model.eval(), AdapterFiles(plain(config), tensors, {}, {})
+
+
+def plain(config):
+    values = config.to_dict()
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
+
+
+def hidden(model, tokens=12):
+    ids = torch.arange(2 * tokens).view(2, tokens) + 5
+    with torch.no_grad():
+        return model(input_ids=ids, output_hidden_states=True).hidden_states[-1].float()
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.fixture(params=["decoder", "encoder"])
+def base(request):
+    return request.getfixturevalue(f"tiny_{request.param}")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_bank_equals_a_trained_peft_model(base, method):
+    model, files = trained(clone(base), method)
+    expected = hidden(model)
+    bank = Bank(base)
+    bank.add("news", files)
+    untouched = hidden(base.model)
+    with bank.using("news"):
+        got = hidden(base.model)
+    assert relative(got, expected) < 1e-6
+    assert relative(untouched, expected) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "pfeiffer"])
+def test_the_bank_equals_a_peft_model_loaded_from_its_files(base, method, tmp_path):
+    import json
+
+    from safetensors.torch import save_file
+
+    _, files = trained(clone(base), method)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(files.peft_config))
+    save_file(files.tensors, tmp_path / "adapter_model.safetensors")
+    loaded = peft.PeftModel.from_pretrained(clone(base).model, tmp_path).eval()
+    bank = Bank(base)
+    bank.add("news", files)
+    with bank.using("news"):
+        got = hidden(base.model)
+    assert relative(got, hidden(loaded)) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "pfeiffer"])
+def test_the_bank_equals_peft_in_bfloat16(tiny_decoder, method):
+    base = base_from_model(
+        tiny_decoder.model.to(torch.bfloat16), tiny_decoder.tokenizer, name="bf16"
+    )
+    model, files = trained(clone(base), method)
+    bank = Bank(base)
+    bank.add("news", files)
+    with bank.using("news"):
+        got = hidden(base.model)
+    assert torch.equal(got, hidden(model))
+
+
+def test_rank_and_alpha_patterns_and_lora_bias_are_peft_s(tiny_decoder):
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "up_proj", "o_proj"],
+        rank_pattern={r"layers\.1\.self_attn\.q_proj": 2, "up_proj": 3},
+        alpha_pattern={"o_proj": 32, r".*layers\.0\.mlp\.up_proj": 1},
+        lora_bias=True,
+    )
+    copy = clone(tiny_decoder)
+    model = peft.get_peft_model(copy.model, config)
+    randomize(model, 3)
+    tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    bank = Bank(tiny_decoder)
+    bank.add("news", AdapterFiles(plain(model.peft_config["default"]), tensors, {}, {}))
+    with bank.using("news"):
+        got = hidden(tiny_decoder.model)
+    assert relative(got, hidden(model.eval())) < 1e-6
+
+
+def test_outside_of_using_the_base_is_plain_and_its_weights_never_change(base):
+    before, plain_states = state_hash(base.model), hidden(base.model)
+    files = {method: trained(clone(base), method)[1] for method in METHODS}
+    bank = Bank(base)
+    for method in METHODS:
+        bank.add(method, files[method])
+        with bank.using(method):
+            hidden(base.model)
+    assert torch.equal(hidden(base.model), plain_states)
+    assert state_hash(base.model) == before
+    bank.close()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.model.modules())
+
+
+def test_using_nests_and_none_is_the_plain_base(tiny_decoder):
+    bank = Bank(tiny_decoder)
+    plain_states = hidden(tiny_decoder.model)
+    states = {}
+    for seed, method in enumerate(["lora", "houlsby"]):
+        bank.add(method, trained(clone(tiny_decoder), method, seed)[1])
+        with bank.using(method):
+            states[method] = hidden(tiny_decoder.model)
+    with bank.using("lora"):
+        with bank.using("houlsby"):
+            assert torch.equal(hidden(tiny_decoder.model), states["houlsby"])
+            with bank.using(None):
+                assert torch.equal(hidden(tiny_decoder.model), plain_states)
+        assert torch.equal(hidden(tiny_decoder.model), states["lora"])
+
+
+def test_an_error_inside_using_puts_the_plain_base_back(tiny_decoder):
+    bank = Bank(tiny_decoder)
+    plain_states = hidden(tiny_decoder.model)
+    bank.add("lora", trained(clone(tiny_decoder), "lora")[1])
+    with pytest.raises(ValueError, match="stop"), bank.using("lora"):
+        raise ValueError("stop")
+    assert torch.equal(hidden(tiny_decoder.model), plain_states)
+
+
+def test_threads_do_not_see_each_other_s_adapter(tiny_decoder):
+    bank = Bank(tiny_decoder)
+    expected = {None: hidden(tiny_decoder.model)}
+    for seed, method in enumerate(["lora", "adalora", "parallel"]):
+        bank.add(method, trained(clone(tiny_decoder), method, seed)[1])
+        with bank.using(method):
+            expected[method] = hidden(tiny_decoder.model)
+    wrong, start = [], threading.Barrier(len(expected))
+
+    def work(name):
+        start.wait()
+        for _ in range(60):
+            with bank.using(name):
+                if not torch.equal(hidden(tiny_decoder.model), expected[name]):
+                    wrong.append(name)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_asyncio_tasks_do_not_see_each_other_s_adapter(tiny_decoder):
+    bank = Bank(tiny_decoder)
+    expected = {}
+    for seed, method in enumerate(["lora", "houlsby"]):
+        bank.add(method, trained(clone(tiny_decoder), method, seed)[1])
+        with bank.using(method):
+            expected[method] = hidden(tiny_decoder.model)
+
+    async def work(name):
+        with bank.using(name):
+            await asyncio.sleep(0)  # the other task enters its own `using` here
+            return torch.equal(hidden(tiny_decoder.model), expected[name])
+
+    async def both():
+        return await asyncio.gather(*(work(name) for name in expected))
+
+    assert asyncio.run(both()) == [True, True]
+
+
+def test_adding_and_removing_while_others_rank_disturbs_nobody(tiny_decoder):
+    bank = Bank(tiny_decoder)
+    bank.add("news", trained(clone(tiny_decoder), "lora")[1])
+    others = [trained(clone(tiny_decoder), m, 5)[1] for m in ("houlsby", "dora", "parallel")]
+    with bank.using("news"):
+        expected = hidden(tiny_decoder.model)
+    failed, stop = [], threading.Event()
+
+    def rank():
+        while not stop.is_set():
+            with bank.using("news"):
+                if not torch.equal(hidden(tiny_decoder.model), expected):
+                    failed.append("changed")
+
+    thread = threading.Thread(target=rank)
+    thread.start()
+    for i in range(60):
+        bank.add("other", others[i % 3])
+        time.sleep(0.001)
+        bank.remove("other")
+    stop.set()
+    thread.join()
+    assert failed == []
+
+
+def test_a_replaced_adapter_stays_for_whoever_is_using_it(tiny_decoder):
+    bank = Bank(tiny_decoder)
+    bank.add("news", trained(clone(tiny_decoder), "lora", 1)[1])
+    with bank.using("news"):
+        old = hidden(tiny_decoder.model)
+        bank.add("news", trained(clone(tiny_decoder), "lora", 2)[1])
+        assert torch.equal(hidden(tiny_decoder.model), old)
+    with bank.using("news"):
+        assert not torch.equal(hidden(tiny_decoder.model), old)
+    assert bank.names == ("news",)
+
+
+def test_nbytes_are_those_of_the_weights(tiny_decoder):
+    bank = Bank(tiny_decoder)
+    files = trained(clone(tiny_decoder), "lora")[1]
+    bank.add("news", files)
+    assert bank.nbytes("news") == sum(t.nbytes for t in files.tensors.values())
+    pfeiffer = trained(clone(tiny_decoder), "pfeiffer")[1]
+    bank.add("video", pfeiffer)
+    assert bank.nbytes("video") == sum(t.nbytes for t in pfeiffer.tensors.values())
+
+
+def test_an_unknown_name_is_an_error_that_names_the_known_ones(tiny_decoder):
+    bank = Bank(tiny_decoder)
+    bank.add("news", trained(clone(tiny_decoder), "lora")[1])
+    with pytest.raises(AdapterError, match="did you mean 'news'"):
+        bank.remove("newss")
+    with pytest.raises(AdapterError, match="holds: news"), bank.using("video"):
+        pass
+    bank.remove("news")
+    with pytest.raises(AdapterError, match="holds: none"):
+        bank.nbytes("news")
+
+
+def files_for(path, a, b, **config):
+    prefix = f"base_model.model.{path}"
+    tensors = {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
+    return AdapterFiles({"peft_type": "LORA", "r": 2, "lora_alpha": 2, **config}, tensors, {}, {})
+
+
+def test_weights_for_a_module_the_base_lacks_are_refused(tiny_decoder):
+    bank = Bank(tiny_decoder)
+    files = files_for("model.layers.7.mlp.up_proj", torch.ones(2, 32), torch.ones(64, 2))
+    with pytest.raises(AdapterError, match=r"layers\.7.*does not have.*another base"):
+        bank.add("news", files)
+    assert bank.names == ()
+
+
+def test_weights_of_another_width_are_refused(tiny_decoder):
+    files = files_for("model.layers.0.mlp.up_proj", torch.ones(2, 33), torch.ones(64, 2))
+    with pytest.raises(AdapterError, match=r"\(64, 33\).*\(64, 32\)"):
+        Bank(tiny_decoder).add("news", files)
+
+
+def test_weights_for_a_module_that_is_not_linear_are_refused(tiny_decoder):
+    files = files_for("model.norm", torch.ones(2, 32), torch.ones(32, 2))
+    with pytest.raises(AdapterError, match="LlamaRMSNorm"):
+        Bank(tiny_decoder).add("news", files)
+
+
+@pytest.mark.parametrize(
+    "config", [{"use_qalora": True}, {"modules_to_save": ["score"]}, {"peft_type": "ADALORA"}]
+)
+def test_what_the_bank_does_not_compute_is_refused(tiny_decoder, config):
+    files = files_for("model.layers.0.mlp.up_proj", torch.ones(2, 32), torch.ones(64, 2), **config)
+    with pytest.raises(AdapterError, match="|".join(map(str, config)) + "|ADALORA"):
+        Bank(tiny_decoder).add("news", files)
+
+
+def test_a_base_that_peft_has_changed_is_refused(tiny_decoder):
+    _, files = trained(clone(tiny_decoder), "lora")
+    peft.get_peft_model(tiny_decoder.model, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(AdapterError, match="PEFT"):
+        Bank(tiny_decoder).add("news", files)
+
+
+@contextmanager
+def cpu_packing_off(model):
+    import bitsandbytes as bnb
+
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert layers
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "houlsby"])
+def test_the_bank_equals_peft_on_the_quantized_base(smollm2_nf4, method, tmp_path):
+    base = smollm2_nf4
+    ids = torch.arange(64).view(2, 32) + 100
+
+    def run(model):
+        with torch.no_grad():
+            return model(input_ids=ids, output_hidden_states=True).hidden_states[-1].float()
+
+    name, options = METHODS[method]
+    made = plugins.load("methods", name)(total_steps=100, **{**options, "layers": "top-3"})
+    with cpu_packing_off(base.model):
+        untouched = run(base.model)
+        model = peft.get_peft_model(base.model, made.config(base.model))
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+        made.finalize(model)
+        config, tensors = made.export(model)
+        expected = run(model.eval())
+        model.unload()
+        base.model.requires_grad_(False).eval()
+        assert torch.equal(run(base.model), untouched)
+        bank = Bank(base)
+        bank.add("news", AdapterFiles(plain(config), tensors, {}, {}))
+        with bank.using("news"):
+            got = run(base.model)
+        bank.close()
+    assert relative(untouched, expected) > 1e-3
+    assert relative(got, expected) < (2e-2 if method == "adalora" else 1e-6)

@@ -1,0 +1,233 @@
+"""Trees become batches: nothing is lost, what is shared is stored once, budgets hold."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peftrank.errors import DataError
+from peftrank.prompts import PromptTemplate, collate, micro_batches, pack, token_count
+from peftrank.prompts.tree import CandidateTokens, depths, grow, path_tokens
+from peftrank.types import Item
+
+PAD = 99
+PARTS = {
+    "preamble": "Rank the items.\n",
+    "history": "- {{ title }}\n",
+    "question": "Liked:\n",
+    "candidate": "- {{ title }}\n",
+}
+
+_tokens = st.lists(st.integers(0, 2), min_size=1, max_size=4).map(tuple)
+
+
+@st.composite
+def _leaf(draw):
+    tokens = draw(_tokens)
+    start = draw(st.integers(0, len(tokens) - 1))
+    return CandidateTokens(tokens, start, draw(st.integers(start + 1, len(tokens))))
+
+
+_trees = st.lists(
+    st.builds(
+        lambda trunk, leaves, mode: grow("s", trunk, leaves, mode=mode),
+        st.lists(_tokens, max_size=4),
+        st.lists(_leaf(), min_size=1, max_size=5),
+        st.sampled_from(["isolated", "joint"]),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def seen_by(batch, row, position):
+    """Positions on the path of a token, in depth order, up to and with the token itself."""
+    segment = batch.segment_ids[row]
+    own = int(segment[position])
+    found = [
+        (int(batch.position_ids[row, t]), t)
+        for t in range(segment.numel())
+        if segment[t] >= 0 and batch.ancestors[row, own, segment[t]]
+    ]
+    found = sorted(pair for pair in found if pair[0] <= int(batch.position_ids[row, position]))
+    assert [depth for depth, _ in found] == list(range(len(found)))
+    return [t for _, t in found]
+
+
+@settings(max_examples=150, deadline=None)
+@given(_trees, st.integers(4, 40))
+def test_every_path_can_be_read_back_from_the_batch(trees, row_tokens):
+    batch = pack(trees, pad_token_id=PAD, row_tokens=row_tokens)
+    for s, tree in enumerate(trees):
+        assert int(batch.mask[s].sum()) == len(tree.candidates)
+        depth = depths(tree)
+        for c, span in enumerate(tree.candidates):
+            row, end = int(batch.row[s, c]), int(batch.end[s, c])
+            path = seen_by(batch, row, end)
+            expected = path_tokens(tree, span.segment)
+            assert tuple(batch.input_ids[row, path].tolist()) == expected
+            start, stop = int(batch.start[s, c]), int(batch.stop[s, c])
+            first = depth[span.segment] + span.start
+            assert path[first : first + span.stop - span.start] == list(range(start, stop))
+            before = path[first - 1] if first else -1
+            assert int(batch.before[s, c]) == before
+
+
+@settings(max_examples=150, deadline=None)
+@given(_trees, st.integers(4, 40))
+def test_no_token_is_lost_or_stored_twice_in_a_row(trees, row_tokens):
+    batch = pack(trees, pad_token_id=PAD, row_tokens=row_tokens)
+    real = batch.segment_ids >= 0
+    assert int(real.sum()) <= sum(token_count(tree) for tree in trees)
+    assert bool((batch.input_ids[~real] == PAD).all())
+    assert bool((batch.position_ids[~real] == 0).all())
+    assert batch.input_ids.shape[1] <= max(row_tokens, *(token_count(tree) for tree in trees))
+    for row in range(batch.input_ids.shape[0]):
+        members = [s for s in range(len(trees)) if int(batch.row[s, 0]) == row]
+        paths = {
+            (path_tokens(trees[s], i), split)
+            for s in members
+            for i, split in enumerate(_splits(trees[s]))
+        }
+        assert int(batch.segment_ids[row].max()) + 1 == len(paths)
+        assert bool(real[row, : int(real[row].sum())].all())
+
+
+def _splits(tree):
+    """How each segment's path is divided into segments, which tells nodes of equal text apart."""
+    found = []
+    for segment in tree.segments:
+        above = () if segment.parent < 0 else found[segment.parent]
+        found.append((*above, len(segment.tokens)))
+    return found
+
+
+@settings(max_examples=100, deadline=None)
+@given(_trees, st.integers(4, 40))
+def test_parents_lie_before_their_children(trees, row_tokens):
+    batch = pack(trees, pad_token_id=PAD, row_tokens=row_tokens)
+    assert not bool(batch.ancestors.triu(1).any())
+    for row in batch.segment_ids:
+        real = row[row >= 0]
+        assert bool((real.diff() >= 0).all())
+
+
+@settings(max_examples=150, deadline=None)
+@given(_trees, st.integers(4, 60), st.integers(4, 30))
+def test_micro_batches_keep_to_their_size_and_to_the_order(trees, micro_tokens, row_tokens):
+    lengths = [token_count(tree) for tree in trees]
+    groups = micro_batches(lengths, micro_tokens, row_tokens=row_tokens)
+    assert [index for group in groups for index in group] == list(range(len(trees)))
+    for group in groups:
+        batch = pack([trees[i] for i in group], pad_token_id=PAD, row_tokens=row_tokens)
+        assert batch.input_ids.numel() <= micro_tokens or len(group) == 1
+
+
+def test_micro_batches_are_filled():
+    assert micro_batches([10] * 6, 30, row_tokens=30) == [[0, 1, 2], [3, 4, 5]]
+    assert micro_batches([10, 50, 10], 30) == [[0], [1], [2]]
+    assert micro_batches([], 30) == []
+    assert len(micro_batches([350] * 64, 4096)) == math.ceil(64 / 11)
+
+
+@pytest.fixture
+def template(tokenizer):
+    return PromptTemplate(tokenizer, parts=PARTS)
+
+
+def test_lists_of_one_user_share_the_history(template, make_slate):
+    first = make_slate(n_history=5, seed=1)
+    other = replace(first, slate_id="t", candidates=make_slate(seed=2).candidates)
+    later = replace(first, slate_id="v", history=(*first.history, Item("x", {"title": "amber"})))
+    trees = [template.tree(slate) for slate in (first, other, later)]
+    batch = pack(trees, pad_token_id=PAD, row_tokens=1000)
+    trunk = token_count(trees[0]) - sum(len(s.tokens) for s in trees[0].segments[-4:])
+    own = [sum(len(s.tokens) for s in tree.segments[-4:]) for tree in trees]
+    amber, question = trees[2].segments[6], trees[2].segments[7]
+    assert batch.input_ids.shape == (
+        1,
+        trunk + sum(own) + len(amber.tokens) + len(question.tokens),
+    )
+
+
+def test_users_share_the_preamble(template, make_slate):
+    trees = [template.tree(make_slate(seed=seed, user_id=str(seed))) for seed in range(3)]
+    batch = pack(trees, pad_token_id=PAD, row_tokens=1000)
+    saved = 2 * len(trees[0].segments[0].tokens)
+    assert batch.input_ids.shape == (1, sum(map(token_count, trees)) - saved)
+
+
+def test_equal_candidates_are_one_segment(template, make_slate):
+    slate = make_slate(n_candidates=2)
+    slate = replace(slate, candidates=(slate.candidates[0],) * 2)
+    batch = pack([template.tree(slate)], pad_token_id=PAD)
+    assert int(batch.end[0, 0]) == int(batch.end[0, 1])
+    assert batch.mask.tolist() == [[True, True]]
+
+
+def test_rows_are_of_like_length(make_slate):
+    def tree(n, token):
+        return grow("s", [], [CandidateTokens((token,) * n, 0, n)], mode="isolated")
+
+    trees = [tree(130, token) for token in range(5)]
+    batch = pack(trees, pad_token_id=PAD, row_tokens=512)
+    assert batch.input_ids.shape == (2, 390)
+    long = pack([tree(700, 9), *trees], pad_token_id=PAD, row_tokens=512)
+    assert long.input_ids.shape == (2, 700)
+
+
+def test_packing_is_deterministic(template, make_slate):
+    trees = [template.tree(make_slate(seed=seed)) for seed in range(8)]
+    one, two = (pack(trees, pad_token_id=PAD, row_tokens=200) for _ in range(2))
+    assert torch.equal(one.input_ids, two.input_ids)
+    assert torch.equal(one.row, two.row)
+
+
+def test_shorter_slates_are_padded(template, make_slate):
+    slates = [make_slate(n_candidates=2, seed=1), make_slate(n_candidates=4, seed=2)]
+    batch = collate(slates, template, pad_token_id=PAD)
+    assert batch.mask.tolist() == [[True, True, False, False], [True] * 4]
+    assert batch.labels.tolist() == [[1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
+    assert batch.labels.dtype == torch.float32
+    assert batch.features is None
+    assert batch.slate_ids == ("s1", "s2")
+    for name in ("row", "end", "start", "stop"):
+        assert not getattr(batch, name)[~batch.mask].any()
+    assert bool((batch.before[~batch.mask] == -1).all())
+
+
+def test_labels_are_none_if_any_slate_has_none(template, make_slate):
+    slates = [make_slate(seed=1), make_slate(seed=2, labels=False)]
+    assert collate(slates, template, pad_token_id=PAD).labels is None
+
+
+def test_labels_that_do_not_fit_are_an_error(template, make_slate):
+    slate = replace(make_slate(), labels=(1.0,))
+    with pytest.raises(DataError, match="'s0' has 4 candidates but 1 labels"):
+        collate([slate], template, pad_token_id=PAD)
+    with pytest.raises(DataError, match="1 rows of labels for 2"):
+        pack([template.tree(make_slate())] * 2, pad_token_id=PAD, labels=[(1.0,) * 4])
+
+
+def test_nothing_to_pack_is_an_error():
+    with pytest.raises(DataError, match="no slates"):
+        pack([], pad_token_id=PAD)
+
+
+def test_features_keep_the_order_of_names_and_nan_where_missing(template, make_slate):
+    slates = [
+        make_slate(n_candidates=2, seed=1, features=("price", "age")),
+        make_slate(n_candidates=3, seed=2, features=("age",)),
+    ]
+    batch = collate(slates, template, pad_token_id=PAD, feature_names=("age", "price"))
+    assert batch.features.shape == (2, 3, 2)
+    first = slates[0].candidates[1].features
+    assert batch.features[0, 1].tolist() == pytest.approx([first["age"], first["price"]])
+    missing = torch.isnan(batch.features)
+    assert missing.tolist() == [
+        [[False, False], [False, False], [True, True]],
+        [[False, True]] * 3,
+    ]
