@@ -78,7 +78,7 @@ def max_depth(config: PretrainedConfig) -> int:
 def positions(config: PretrainedConfig, position_ids: Tensor) -> Tensor:
     """Returns depths from 0 as the model's own position ids."""
     if config.model_type in _ROBERTA:  # their position table starts after the padding index
-        return position_ids + config.pad_token_id + 1
+        return position_ids + (int(config.pad_token_id) + 1)
     return position_ids
 
 

@@ -12,10 +12,12 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +26,13 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
 
 from peftrank.errors import BaseModelError, ConfigError
 from peftrank.plugins import did_you_mean
@@ -103,10 +111,14 @@ def publish(folder: Path, write: Callable[[Path], None]) -> Path:
     Args:
         folder: The place in the cache.
         write: Fills the empty folder it is given.
+
+    Raises:
+        BaseModelError: the cache cannot be written.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         write(temporary)
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
@@ -116,8 +128,14 @@ def publish(folder: Path, write: Callable[[Path], None]) -> Path:
             if not folder.is_dir():  # else another process published the same content first
                 raise
         _sync(folder.parent)
+    except OSError as error:
+        raise BaseModelError(
+            f"cannot write {folder}: {error}. Free some space, or set ${_CACHE_VARIABLE} to a "
+            "folder that can be written."
+        ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -137,6 +155,26 @@ def weights_fingerprint(config: Mapping[str, Any], tensors: Iterable[tuple[str, 
     return digest.hexdigest()
 
 
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """Returns the fingerprint of a model in memory; that of its file if it was not changed."""
+    tied = model.config.tie_word_embeddings
+    named = sorted(model.state_dict().items())
+    stored = ((n, t) for n, t in named if not (tied and n.endswith("lm_head.weight")))
+    return weights_fingerprint(model.config.to_dict(), stored)
+
+
+def stamp(folder: Path) -> str:
+    """Returns a hash that changes whenever a checkpoint's config or weight files do.
+
+    It covers the config's content and the weight files' names, sizes and times.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        about = path.stat()
+        digest.update(f"{path.name}:{about.st_size}:{about.st_mtime_ns}".encode())
+    return digest.hexdigest()[:24]
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns a sha256 over vocabulary, special tokens, chat template and a tokenized probe."""
     parts = (
@@ -147,6 +185,21 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     )
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Hides transformers' progress bars and reports; what matters in them is checked here."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _from_folder(folder: Path, model_id: str, revision: str | None) -> Checkpoint:
@@ -249,15 +302,14 @@ def _convert(source: Path, target: Path, model_id: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **at)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, **at)
     _restore_digits(tokenizer, source)
-    tensors = model.state_dict()
-    if model.config.tie_word_embeddings:
-        # Under the head's name alone a reload into the inner model has random embeddings.
-        del tensors[next(n for n in tensors if n.endswith("lm_head.weight"))]
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        target / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    # Under the tied head's name alone, a reload into the inner model has random embeddings.
+    tied = model.config.tie_word_embeddings
+    tensors = {
+        name: tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+        if not (tied and name.endswith("lm_head.weight"))
+    }
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     del model.config.quantization_config
     model.config.save_pretrained(target)
     tokenizer.save_pretrained(target)
@@ -299,3 +351,13 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _drop_message(logger: str, beginning: str) -> None:
+    logging.getLogger(logger).addFilter(lambda r: not str(r.msg).startswith(beginning))
+
+
+# The optional `kernels` package only speeds up a path that is not used here.
+_drop_message("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward")
+# int8 says in each layer of each forward that it computes in float16.
+_drop_message("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast")

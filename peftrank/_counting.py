@@ -83,7 +83,8 @@ class Pairs:
     near: Ints
     """`forward`, each user weighted by 1/gap, in units of 1/1024."""
     light: Ints
-    """Both directions, each user weighted by 1/(length - 1), in units of 1/1024."""
+    """Both directions, each user weighted by 1/(length - 1), in units of 1/1024; as of time, the
+    length the user had then."""
 
 
 class Statistics:
@@ -125,11 +126,19 @@ class Statistics:
         known = (self._own[place] == key) & (user >= 0)
         return np.where(known, self.position[self._own_order[place]], -1)
 
+    def met(self, user: Ints, item: Ints) -> np.ndarray:
+        """Returns whether the user has the item in the training part, at any time."""
+        if not len(self._own):
+            return np.zeros(len(item), bool)
+        key = user * self.items + item
+        place = np.minimum(np.searchsorted(self._own, key), len(self._own) - 1)
+        return np.asarray((self._own[place] == key) & (user >= 0))
+
     def counts(self, user: Ints, item: Ints, rank: Ints) -> tuple[Ints, Ints]:
         """Returns how many other users met the item, and the sum of its depths in 1/1024."""
         count, depth = self.popularity.before(item, rank)
         own = self.own_position(user, item)
-        share = own * UNIT // np.maximum(self._length(user) - 1, 1)
+        share = own * UNIT // np.maximum(self.length_of(user) - 1, 1)
         return count - (own >= 0), depth - np.where(own >= 0, share, 0)
 
     def pairs(self, user: Ints, first: Ints, second: Ints, rank: Ints) -> Pairs:
@@ -143,14 +152,15 @@ class Statistics:
             a, b = self.own_position(user, first), self.own_position(user, second)
             gap = np.where((a >= 0) & (b >= 0), b - a, 0)
             gap = np.where(np.abs(gap) <= WINDOW, gap, 0)
-            weight = UNIT // np.maximum(self._length(user) - 1, 1)
+            weight = UNIT // np.maximum(self.length_of(user) - 1, 1)
             forward = forward - (gap > 0)
             backward = backward - (gap < 0)
             near = near - np.where(gap > 0, UNIT // np.maximum(gap, 1), 0)
             light = light - np.where(gap != 0, weight, 0)
         return Pairs(forward, backward, near, light)
 
-    def _length(self, user: Ints) -> Ints:
+    def length_of(self, user: Ints) -> Ints:
+        """Returns how many items each user has in the training part; 0 for user -1."""
         if not len(self.length):
             return np.zeros(len(user), np.int64)
         return np.where(user >= 0, self.length[np.maximum(user, 0)], 0)
@@ -158,14 +168,16 @@ class Statistics:
     def _pair_counts(self) -> EventCounts:
         """Counts ordered pairs; a pair happens when its second item does."""
         keys, ranks, near, light = [], [], [], []
-        weight = UNIT // np.maximum(self.length[self.user] - 1, 1)
+        # With times, a user is as long as it was when the pair happened, not as it became.
+        others = self.position if self.timed else self.length[self.user] - 1
+        weight = UNIT // np.maximum(others, 1)
         longest = int(self.length.max(initial=0))
         for gap in range(1, min(WINDOW, longest - 1) + 1):
             inside = np.flatnonzero(self.user[gap:] == self.user[:-gap])
             keys.append(self.item[inside] * self.items + self.item[inside + gap])
             ranks.append(self.rank[inside + gap])
             near.append(np.full(len(inside), UNIT // gap))
-            light.append(weight[inside])
+            light.append(weight[inside + gap])
         columns = (np.concatenate([np.zeros(0, np.int64), *c]) for c in (keys, ranks, near, light))
         key, rank, near_sum, light_sum = columns
         return EventCounts(key, rank, (near_sum, light_sum))

@@ -44,7 +44,8 @@ def _weighted(rows: Sequence[set[str]]) -> sp.csr_matrix:
 
 def _binary(rows: Sequence[set[str]]) -> sp.csr_matrix:
     codes: dict[str, int] = {}
-    start, columns = [0], []
+    start: list[int] = [0]
+    columns: list[int] = []
     for row in rows:
         columns.extend(codes.setdefault(word, len(codes)) for word in sorted(row))
         start.append(len(columns))

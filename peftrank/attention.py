@@ -36,5 +36,5 @@ def attention_mask(batch: Batch, *, causal: bool, dtype: torch.dtype) -> Tensor:
         seen &= ~(later & (segment[:, :, None] == segment[:, None, :]))
     # A padding token sees itself: a row of nothing but `min` would become NaN in some kernels.
     seen |= torch.eye(tokens, dtype=torch.bool, device=segment.device) & ~real[:, :, None]
-    mask = torch.zeros(rows, tokens, tokens, dtype=dtype, device=segment.device)
-    return mask.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+    low, zero = torch.tensor([torch.finfo(dtype).min, 0.0], dtype=dtype, device=segment.device)
+    return torch.where(seen, zero, low)[:, None]

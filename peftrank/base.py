@@ -2,9 +2,9 @@
 
 Loads a decoder or an encoder by alias, path or Hub id, quantized or not, and runs it under a mask
 that the caller made. It does not know slates, prompts, adapters or training. Where checkpoints
-come from and how they are cached is in `_checkpoints`, what architectures differ in in
-`_architectures`. Models run with PyTorch's
-scaled-dot-product attention: it is exact for any additive mask, which FlashAttention is not.
+come from and how they are cached is in `_checkpoints`; how architectures differ is in
+`_architectures`. Models run with PyTorch's scaled-dot-product attention: it is exact for any
+additive mask, which FlashAttention is not.
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +27,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from peftrank import _checkpoints
 from peftrank._architectures import (
@@ -47,7 +43,6 @@ from peftrank.errors import BaseModelError, ConfigError
 
 QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
 _COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -173,7 +168,7 @@ def load_base(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers fork after its use
     place = _device(device)
     dtype = _native_dtype(place) if compute_dtype == "auto" else getattr(torch, compute_dtype)
-    with _quiet_loading():
+    with _checkpoints.quiet_loading():
         checkpoint = _checkpoints.find_checkpoint(name, revision, cache_dir)
         config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
         kind = check_architecture(name, config)
@@ -230,7 +225,7 @@ def base_from_model(
         name=name,
         model_id=name,
         revision=None,
-        fingerprint=_checkpoints.weights_fingerprint(config.to_dict(), _untied(model)),
+        fingerprint=_checkpoints.model_fingerprint(model),
         tokenizer_hash=_checkpoints.tokenizer_fingerprint(tokenizer),
         quantization="none",
         double_quant=False,
@@ -326,12 +321,11 @@ def _load_quantized(
 ) -> PreTrainedModel:
     """Loads from the cache of quantized weights, filling it the first time."""
     version = importlib.metadata.version("bitsandbytes")
-    key = f"{checkpoint.fingerprint[:24]}-{scheme}-{dtype}-{device.type}-{version}"
+    key = f"{_checkpoints.stamp(checkpoint.folder)}-{scheme}-{dtype}-{device.type}-{version}"
     folder = root / "quantized" / key.replace("torch.", "")
     if not folder.is_dir():
         model = _load_model(checkpoint.folder, kind, dtype, device, settings)
         _checkpoints.publish(folder, model.save_pretrained)
-        _LOG.info("quantized weights kept in %s", folder)
     # Read back even the first time: every load then gives the same tensors.
     model = _load_model(folder, kind, dtype, device, None)
     _keep_weights_unpacked(model)
@@ -401,35 +395,3 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         for name, value in named.items()
         if isinstance(value, Tensor)
     }
-
-
-def _untied(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    tied = model.config.tie_word_embeddings
-    for name, tensor in sorted(model.state_dict().items()):
-        if not (tied and name.endswith("lm_head.weight")):
-            yield name, tensor
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Hides transformers' progress bars and reports; what matters in them is checked here."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def _drop_message(logger: str, beginning: str) -> None:
-    logging.getLogger(logger).addFilter(lambda r: not str(r.msg).startswith(beginning))
-
-
-# The optional `kernels` package only speeds up a path that is not used here.
-_drop_message("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward")
-# int8 says in each layer of each forward that it computes in float16.
-_drop_message("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast")

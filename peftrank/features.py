@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 import scipy.sparse as sp
 
+from peftrank._chunks import Chunk
 from peftrank._counting import UNIT, EventCounts, Statistics
 from peftrank._embedding import Embedding, fit
 from peftrank._lists import Floats, Ints, Lists, Sequences, Shown
@@ -38,6 +39,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "text_cosine", "text_cosine_max", "text_cosine_decayed",
     ),
     "category": ("category_share", "category_last"),
+    "friends": ("common_friends", "adamic_adar"),
     "recency": (
         "days_since_first", "days_since_last", "popularity_day", "popularity_week",
         "popularity_month", "depth",
@@ -45,11 +47,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "retriever": ("retriever",),
 }  # fmt: skip
 """The columns of each group of features."""
+_UNTIMED = ("depth",)
+_TIMED = tuple(name for name in GROUPS["recency"] if name not in _UNTIMED)
 
 _DAY = 86_400.0
-_DECAY = 0.8
 _SMOOTH = 5.0
 _FOLDS = 5
+_CLICK_PRIOR, _SHOWN_PRIOR = 0.5, 10.0
 _CHUNK = 400_000
 """(history item, candidate) pairs held in memory at once."""
 
@@ -67,6 +71,8 @@ class Source:
     """The categories of each item."""
     shown: Shown | None = None
     """Candidates shown in the training part, for click_rate."""
+    person: Ints | None = None
+    """Where items are people: (I,) the user that each item is, -1 = none. For friends."""
     timed: bool = False
     """Count what happened before the slate; else the training part without the slate's user."""
 
@@ -97,12 +103,13 @@ def compute(
         DataError: `timed`, but a slate has no time.
     """
     _check(lists, source, groups, retriever)
-    names = tuple(name for group in groups for name in GROUPS[group])
+    hidden = _UNTIMED if source.timed else _TIMED
+    names = tuple(name for group in groups for name in GROUPS[group] if name not in hidden)
     state = _State(source, dimensions, seed)
     values = np.full((len(lists.candidate), len(names)), np.nan, np.float32)
-    order = _by_model(lists, state) if "item_embedding" in groups else None
-    for chosen in _chunks(lists, history_length, order):
-        chunk = _Chunk(lists, state, chosen, history_length)
+    model = state.model_of(lists.user, lists.time) if "item_embedding" in groups else None
+    for chosen in _chunks(lists, history_length, model):
+        chunk = Chunk(lists, state.statistics, chosen, history_length)
         columns: dict[str, np.ndarray] = {}
         for group in groups:
             if group == "retriever" and retriever is not None:
@@ -115,21 +122,22 @@ def compute(
     return names, values
 
 
-def _check(
-    lists: Lists, source: Source, groups: Sequence[str], retriever: Floats | None
-) -> None:
+def _check(lists: Lists, source: Source, groups: Sequence[str], retriever: Floats | None) -> None:
     for group in groups:
         if group not in GROUPS:
             raise ConfigError(f"unknown features {group!r}. Known: {', '.join(GROUPS)}.")
     needs = {
         "text_overlap": (source.texts, "item texts"),
         "category": (source.labels, "an item field with categories"),
+        "friends": (source.person, "items that are users"),
         "click_rate": (source.shown, "lists that were really shown"),
         "retriever": (retriever, "a run file"),
     }
     for group in groups:
         if group in needs and needs[group][0] is None:
             raise ConfigError(f"features {group!r} need {needs[group][1]}, and there are none.")
+    if source.timed and "friends" in groups:
+        raise ConfigError("features 'friends' do not know when a friendship began: --as-of part")
     if source.timed and np.isnan(lists.time).any():
         count = int(np.isnan(lists.time).sum())
         raise DataError(
@@ -186,73 +194,9 @@ class _State:
             else:
                 keep = self._fold[stats.user] != model
             words = None if self.source.texts is None else self.unit_words
-            value = fit(
-                stats.user[keep], stats.item[keep], stats.items, words, self._dimensions
-            )
+            value = fit(stats.user[keep], stats.item[keep], stats.items, words, self._dimensions)
             self._model = (model, value)
         return self._model[1]
-
-
-class _Chunk:
-    """Some slates, with their (candidate, history item) pairs: history runs fastest."""
-
-    def __init__(self, lists: Lists, state: _State, slates: Ints, limit: int) -> None:
-        length = np.diff(lists.history_start)[slates]
-        self.full_length = length
-        length = np.minimum(length, limit)
-        width = np.diff(lists.candidate_start)[slates]
-        self.rows = _ranges(lists.candidate_start[slates], width)
-        self.slate = np.repeat(np.arange(len(slates)), width)
-        self.item = lists.candidate[self.rows]
-        self.user = lists.user[slates][self.slate]
-        self.time = lists.time[slates][self.slate]
-        self.model = int(state.model_of(lists.user[slates[:1]], lists.time[slates[:1]])[0])
-        self.rank = state.statistics.rank_of(self.time)
-        self.length = length[self.slate]
-        first = (lists.history_start[slates + 1] - length)[self.slate]
-        self.history = lists.history[_ranges(first, self.length)]
-        self.candidate = np.repeat(np.arange(len(self.rows)), self.length)
-        start = np.cumsum(self.length) - self.length
-        self.age = self.length[self.candidate] - 1 - (np.arange(len(self.history)) - start[self.candidate])
-        self.known = self.length > 0
-        self._start = start[self.known]
-        self._last = (start + self.length - 1)[self.known]
-
-    @cached_property
-    def decay(self) -> np.ndarray:
-        return _DECAY**self.age
-
-    def sum(self, pairs: np.ndarray) -> np.ndarray:
-        """Returns the sum over the history for each candidate, NaN without a history."""
-        return self._spread(np.add.reduceat(pairs, self._start) if len(self._start) else pairs)
-
-    def mean(self, pairs: np.ndarray) -> np.ndarray:
-        return self.sum(pairs) / np.maximum(self.length, 1)
-
-    def max(self, pairs: np.ndarray) -> np.ndarray:
-        return self._spread(np.maximum.reduceat(pairs, self._start) if len(self._start) else pairs)
-
-    def last(self, pairs: np.ndarray) -> np.ndarray:
-        return self._spread(pairs[self._last])
-
-    def _spread(self, values: np.ndarray) -> np.ndarray:
-        full = np.full(len(self.rows), np.nan)
-        full[self.known] = values
-        return full
-
-    def pair(self, column: np.ndarray) -> np.ndarray:
-        """Returns a candidate column repeated for each pair."""
-        return column[self.candidate]
-
-
-def _ranges(start: Ints, length: Ints) -> Ints:
-    """Returns start[0], start[0]+1, ... for each range, one after another."""
-    offset = np.cumsum(length) - length
-    return np.arange(int(length.sum())) + np.repeat(start - offset, length)
-
-
-def _by_model(lists: Lists, state: _State) -> Ints:
-    return state.model_of(lists.user, lists.time)
 
 
 def _chunks(lists: Lists, limit: int, model: Ints | None) -> Iterator[Ints]:
@@ -266,21 +210,18 @@ def _chunks(lists: Lists, limit: int, model: Ints | None) -> Iterator[Ints]:
         yield from np.split(slates, np.flatnonzero(np.diff(cut)) + 1)
 
 
-def _popularity(chunk: _Chunk, state: _State) -> dict[str, np.ndarray]:
-    count, _ = state.statistics.counts(chunk.user, chunk.item, chunk.rank)
+def _popularity(chunk: Chunk, _: _State) -> dict[str, np.ndarray]:
     return {
-        "popularity": np.log1p(count),
+        "popularity": np.log1p(chunk.of_item),
         "history_length": np.log1p(chunk.full_length[chunk.slate]),
     }
 
 
-def _item_knn(chunk: _Chunk, state: _State) -> dict[str, np.ndarray]:
+def _item_knn(chunk: Chunk, state: _State) -> dict[str, np.ndarray]:
     stats = state.statistics
-    user, rank = chunk.pair(chunk.user), chunk.pair(chunk.rank)
-    pairs = stats.pairs(user, chunk.history, chunk.pair(chunk.item), rank)
+    pairs, of_history = chunk.pairs, chunk.of_history
     together = pairs.forward + pairs.backward
-    of_history, _ = stats.counts(user, chunk.history, rank)
-    of_item = chunk.pair(stats.counts(chunk.user, chunk.item, chunk.rank)[0])
+    of_item = chunk.pair(chunk.of_item)
     users = chunk.pair(stats.started.before(np.zeros_like(chunk.rank), chunk.rank)[0])
     share = together / (of_history + _SMOOTH)
     expected = of_history * of_item / np.maximum(users, 1)
@@ -299,13 +240,10 @@ def _item_knn(chunk: _Chunk, state: _State) -> dict[str, np.ndarray]:
     }
 
 
-def _transition(chunk: _Chunk, state: _State) -> dict[str, np.ndarray]:
-    stats = state.statistics
-    user, rank = chunk.pair(chunk.user), chunk.pair(chunk.rank)
-    pairs = stats.pairs(user, chunk.history, chunk.pair(chunk.item), rank)
-    of_history, _ = stats.counts(user, chunk.history, rank)
+def _transition(chunk: Chunk, _: _State) -> dict[str, np.ndarray]:
+    pairs = chunk.pairs
     near = pairs.near / UNIT
-    rate = near / (of_history + _SMOOTH)
+    rate = near / (chunk.of_history + _SMOOTH)
     order = (pairs.forward + 1) / (pairs.forward + pairs.backward + 2)
     return {
         "transition": chunk.sum(rate * chunk.decay),
@@ -315,8 +253,8 @@ def _transition(chunk: _Chunk, state: _State) -> dict[str, np.ndarray]:
     }
 
 
-def _item_embedding(chunk: _Chunk, state: _State) -> dict[str, np.ndarray]:
-    model = state.embedding(chunk.model)
+def _item_embedding(chunk: Chunk, state: _State) -> dict[str, np.ndarray]:
+    model = state.embedding(int(state.model_of(chunk.user[:1], chunk.time[:1])[0]))
     if model is None:
         return {}
     # One row per slate: the pairs of its first candidate are its history.
@@ -358,7 +296,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:
     return np.asarray(rows / np.where(length > 0, length, 1), np.float32)
 
 
-def _text_overlap(chunk: _Chunk, state: _State) -> dict[str, np.ndarray]:
+def _text_overlap(chunk: Chunk, state: _State) -> dict[str, np.ndarray]:
     item = chunk.pair(chunk.item)
     overlap = row_products(state.words, chunk.history, item)
     length = np.sqrt(np.asarray(state.words.multiply(state.words).sum(axis=1)).ravel())
@@ -374,7 +312,7 @@ def _text_overlap(chunk: _Chunk, state: _State) -> dict[str, np.ndarray]:
     }
 
 
-def _category(chunk: _Chunk, state: _State) -> dict[str, np.ndarray]:
+def _category(chunk: Chunk, state: _State) -> dict[str, np.ndarray]:
     item = chunk.pair(chunk.item)
     shared = (row_products(state.categories, chunk.history, item) > 0) * 1.0
     labels = np.diff(state.categories.indptr) > 0
@@ -385,7 +323,20 @@ def _category(chunk: _Chunk, state: _State) -> dict[str, np.ndarray]:
     }
 
 
-def _recency(chunk: _Chunk, state: _State) -> dict[str, np.ndarray]:
+def _friends(chunk: Chunk, state: _State) -> dict[str, np.ndarray]:
+    """Friends of the user who name the candidate; each by 1/log(degree) for Adamic-Adar."""
+    if state.source.person is None:
+        return {}
+    friend = state.source.person[chunk.history]
+    named = state.statistics.met(friend, chunk.pair(chunk.item)) * 1.0
+    degree = np.log(np.maximum(state.statistics.length_of(friend), 2))
+    return {
+        "common_friends": np.log1p(chunk.sum(named)),
+        "adamic_adar": chunk.sum(named / degree),
+    }
+
+
+def _recency(chunk: Chunk, state: _State) -> dict[str, np.ndarray]:
     stats = state.statistics
     if not stats.timed:
         count, depth = stats.counts(chunk.user, chunk.item, chunk.rank)
@@ -406,7 +357,7 @@ def _recency(chunk: _Chunk, state: _State) -> dict[str, np.ndarray]:
     return columns
 
 
-def _click_rate(chunk: _Chunk, state: _State) -> dict[str, np.ndarray]:
+def _click_rate(chunk: Chunk, state: _State) -> dict[str, np.ndarray]:
     shown = state.source.shown
     if shown is None:
         return {}
@@ -418,15 +369,14 @@ def _click_rate(chunk: _Chunk, state: _State) -> dict[str, np.ndarray]:
         rank, now = np.searchsorted(times, shown.time), np.searchsorted(times, chunk.time)
     clicked = shown.clicked.astype(np.int64)
     seen, clicks = EventCounts(shown.item, rank, (clicked,)).before(chunk.item, now)
-    total = int(now.max(initial=0)) and len(shown.item)
     if not stats.timed:
         own = EventCounts(shown.user * stats.items + shown.item, rank, (clicked,))
         key = np.where(chunk.user >= 0, chunk.user, 0) * stats.items + chunk.item
         own_seen, own_clicks = own.before(key, now)
         known = chunk.user >= 0
         seen, clicks = seen - known * own_seen, clicks - known * own_clicks
-    rate = 0.1 if not total else 0.1
-    return {"click_rate": (clicks + 10 * rate) / (seen + 10), "times_shown": np.log1p(seen)}
+    rate = (clicks + _CLICK_PRIOR) / (seen + _SHOWN_PRIOR)
+    return {"click_rate": rate, "times_shown": np.log1p(seen)}
 
 
 _COMPUTE = {
@@ -437,5 +387,6 @@ _COMPUTE = {
     "item_embedding": _item_embedding,
     "text_overlap": _text_overlap,
     "category": _category,
+    "friends": _friends,
     "recency": _recency,
 }

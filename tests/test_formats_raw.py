@@ -12,6 +12,7 @@ import pytest
 
 from peftrank import plugins
 from peftrank.errors import ConfigError, DataError
+from peftrank.formats import _lines
 from peftrank.formats._log import Log, Rejects
 from peftrank.formats.amazon import amazon
 from peftrank.formats.lastfm import lastfm
@@ -257,6 +258,21 @@ def test_movielens_csv_rejects_bad_rows_and_keeps_its_place(tmp_path):
         (6, "the row has 2 cells, the header has 3"),
     ]
     assert len(log) == 2
+
+
+def test_csv_line_numbers_count_endless_lines_and_an_open_quote_is_one_reject(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(_lines, "LINE_BYTES", 100)
+    put(
+        tmp_path,
+        movies__csv="movieId,title,genres\n" + "x" * 500 + '\n1,Lamp,\n2,"open,Drama\n3,Rug,\n',
+        ratings__csv="userId,movieId,rating,timestamp\n",
+    )
+    log, rows = skipped(movielens, tmp_path, tmp_path)
+    assert list(log.items) == ["1"]
+    assert [line for _, line, _ in rows] == [2, 4]
+    assert rows[1][2] == "not valid CSV: unexpected end of data (the row spans 2 lines)"
 
 
 def test_csv_headers_are_checked(tmp_path):

@@ -14,19 +14,11 @@ from peftrank.base import base_from_model
 from peftrank.errors import AdapterError, ConfigError
 from peftrank.methods import _registration
 from peftrank.methods._bottleneck import BottleneckLayer
-from peftrank.methods._sites import attach, block_sites, bottleneck_forward, bottleneck_sites
+from peftrank.methods._sites import attach, bottleneck_forward, bottleneck_sites
 from peftrank.methods.adapter import Adapter
 from peftrank.methods.lora import Lora
 
 KINDS = ["houlsby", "pfeiffer", "parallel"]
-SITES = {
-    ("tiny_decoder", "houlsby"): (("self_attn.o_proj", "mlp"), "output"),
-    ("tiny_decoder", "pfeiffer"): (("mlp",), "output"),
-    ("tiny_decoder", "parallel"): (("mlp",), "input"),
-    ("tiny_encoder", "houlsby"): (("attention.output.dense", "output.dense"), "output"),
-    ("tiny_encoder", "pfeiffer"): (("output.dense",), "output"),
-    ("tiny_encoder", "parallel"): (("output",), "residual"),
-}
 on_both = pytest.mark.parametrize("base", ["tiny_decoder", "tiny_encoder"], indirect=True)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -66,25 +58,6 @@ def save(method, model, folder):
     config.save_pretrained(folder)
     save_file(tensors, folder / "adapter_model.safetensors")
     return json.loads((folder / "adapter_config.json").read_text()), tensors
-
-
-@pytest.mark.parametrize(("name", "kind"), list(SITES))
-def test_the_places_of_each_kind(name, kind, request):
-    base = request.getfixturevalue(name)
-    assert block_sites(base.layers[0], kind) == SITES[name, kind]
-
-
-def test_distilbert_has_places_too():
-    from transformers import DistilBertConfig, DistilBertModel
-
-    model = DistilBertModel(DistilBertConfig(vocab_size=9, dim=8, n_layers=1, n_heads=2))
-    block = model.transformer.layer[0]
-    assert block_sites(block, "houlsby") == (("attention.out_lin", "ffn"), "output")
-
-
-def test_an_unknown_block_is_refused_with_the_names_there_are():
-    with pytest.raises(ConfigError, match=r"(?s)Sequential.*This block has: 0, 1"):
-        block_sites(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()), "houlsby")
 
 
 @on_both
@@ -375,14 +348,6 @@ def test_files_of_another_method_are_refused(tiny_decoder, tmp_path):
     for key, value in (("reads", None), ("activation", "tanh"), ("scale", "2")):
         with pytest.raises(AdapterError, match=f"{key}="):
             bottleneck_sites({**config, key: value}, tensors)
-
-
-def test_the_change_has_the_dtype_of_what_it_is_added_to():
-    weights = (torch.ones(2, 3), torch.zeros(2), torch.ones(3, 2), torch.zeros(3))
-    h = torch.ones(5, 3, dtype=torch.bfloat16)
-    change = bottleneck_forward(h, *weights, "relu", 0.5)
-    assert change.dtype == torch.bfloat16
-    assert torch.equal(change, torch.full((5, 3), 3.0, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize(

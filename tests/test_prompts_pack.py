@@ -126,6 +126,27 @@ def test_micro_batches_keep_to_their_size_and_to_the_order(trees, micro_tokens, 
         assert batch.input_ids.numel() <= micro_tokens or len(group) == 1
 
 
+def test_sharing_never_makes_a_micro_batch_larger():
+    # Where it shares most, the third tree makes the rows less even than if it shared nothing.
+    trees = [
+        _isolated((0,), (0, 0, 0, 2, 2, 0), (0, 2, 2, 0, 1, 1, 2, 0, 1)),
+        _isolated((1, 0, 1, 0), (0, 0), (1, 2, 1, 2, 2), (0, 0, 0), trunk=3),
+        _isolated((1, 1, 1, 1, 0, 2), (0,), trunk=0),
+    ]
+    lengths = [token_count(tree) for tree in trees]
+    for row_tokens in range(6, 40):
+        for micro_tokens in range(16, 60):
+            for group in micro_batches(lengths, micro_tokens, row_tokens=row_tokens):
+                members = [trees[i] for i in group]
+                batch = pack(members, pad_token_id=PAD, row_tokens=row_tokens)
+                assert batch.input_ids.numel() <= micro_tokens or len(group) == 1
+
+
+def _isolated(*segments, trunk=1):
+    leaves = [CandidateTokens(tokens, 0, 1) for tokens in segments[trunk:]]
+    return grow("s", segments[:trunk], leaves, mode="isolated")
+
+
 def test_micro_batches_are_filled():
     assert micro_batches([10] * 6, 30, row_tokens=30) == [[0, 1, 2], [3, 4, 5]]
     assert micro_batches([10, 50, 10], 30) == [[0], [1], [2]]

@@ -319,7 +319,9 @@ def test_a_wrong_option_is_an_error(tokenizer, options, named):
 
 
 def test_oldest_history_goes_first_and_the_budget_is_exact(tokenizer, make_slate):
-    slate = make_slate(n_history=6, n_candidates=3)
+    titles = ("amber " * n for n in (1, 5, 2, 9, 3, 4))
+    history = tuple(Item(f"h{n}", {"title": title}) for n, title in enumerate(titles))
+    slate = replace(make_slate(n_candidates=3), history=history)
     full = build(tokenizer).tree(slate)
     history = full.segments[1:7]
     for kept in range(7):

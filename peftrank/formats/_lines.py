@@ -75,11 +75,9 @@ def csv_rows(
     Raises:
         DataError: a column is missing, or as `text_lines`.
     """
-    taken: list[str] = []
-    feed = _csv_feed(path, reject, taken)
-    reader = csv.reader(feed, strict=True)
+    taken: list[tuple[int, str]] = []
+    reader = csv.reader(_csv_feed(path, reject, taken), strict=True)
     header: list[str] | None = None
-    line = 1
     while True:
         taken.clear()
         try:
@@ -87,22 +85,21 @@ def csv_rows(
         except StopIteration:
             break
         except csv.Error as error:
-            _reject_csv(path, line, f"not valid CSV: {error}", taken, reject)
-            line = reader.line_num + 1
+            _reject_csv(path, f"not valid CSV: {error}", taken, reject)
             continue
-        start, line = line, reader.line_num + 1
+        text = "".join(line for _, line in taken)
         if not cells:
             continue
         if header is None:
             header = _header(path, cells, columns)
         elif len(cells) != len(header):
             reason = f"the row has {len(cells)} cells, the header has {len(header)}"
-            _reject_csv(path, start, reason, taken, reject)
-        elif not (text := "".join(taken)).isascii() and _ESCAPED.search(text):
+            _reject_csv(path, reason, taken, reject)
+        elif not text.isascii() and _ESCAPED.search(text):
             reason = "the row is not valid UTF-8; convert the file to UTF-8"
-            _reject_csv(path, start, reason, taken, reject)
+            _reject_csv(path, reason, taken, reject)
         else:
-            yield start, text, dict(zip(header, cells, strict=True))
+            yield taken[0][0], text, dict(zip(header, cells, strict=True))
     if header is None:
         raise DataError(
             f"the file is empty; expected a header with {', '.join(columns)}", path=path
@@ -136,19 +133,20 @@ def _decode(raw: bytes, encodings: Sequence[str]) -> str | None:
     return None
 
 
-def _csv_feed(path: Path, reject: Reject, taken: list[str]) -> Iterator[str]:
-    for _, raw in raw_lines(path, reject):
+def _csv_feed(path: Path, reject: Reject, taken: list[tuple[int, str]]) -> Iterator[str]:
+    for number, raw in raw_lines(path, reject):
         # Escaped, so that one bad byte costs one row and not the reader's place in the file.
         text = raw.decode("utf-8", "surrogateescape") + "\n"
-        taken.append(text)
+        taken.append((number, text))
         yield text
 
 
-def _reject_csv(path: Path, line: int, reason: str, taken: list[str], reject: Reject) -> None:
-    row = "".join(taken).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+def _reject_csv(path: Path, reason: str, taken: list[tuple[int, str]], reject: Reject) -> None:
+    text = "".join(line for _, line in taken)
+    row = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     if len(taken) > 1:
         reason += f" (the row spans {len(taken)} lines)"
-    reject(path, line, reason, row)
+    reject(path, taken[0][0] if taken else None, reason, row)
 
 
 def _header(path: Path, cells: list[str], columns: Sequence[str]) -> list[str]:

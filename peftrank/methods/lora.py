@@ -20,7 +20,7 @@ from peftrank.methods._targets import check_layers, check_targets, linear_target
 
 
 class Lora:
-    """Plain LoRA. The model starts as the base exactly: the second factor starts at zero."""
+    """LoRA. The model starts as the base exactly (with dora, to rounding): B starts at zero."""
 
     learning_rate: ClassVar[float] = 1e-3
     """Default peak learning rate of the adapter's weights."""

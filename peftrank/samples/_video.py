@@ -6,47 +6,47 @@ A line is one title; `{a|b}` stands for either `a` or `b`.
 TOPICS = {
     "science fiction": """
 Stranded {Beyond Saturn|on the Ice Moon}
-The Last {Starship|Orbit}
-Androids {Never Weep|at Dawn}
-Colony {Nine Goes Dark|of Glass Domes}
+The Last {Starship|Space Station}
+Androids {Never Weep|Dream of Mars}
+Colony on {Planet Nine|the Far Moon}
 The Wormhole {Cartographer|Protocol}
 {Clones|Robots} of the Red Planet
-Signal from {Deep Space|the Pulsar}
+Signal from {Deep Space|a Pulsar}
 Captain of the {Nebula Fleet|Warp Engine}
-Time {Loop in Hangar Six|Travellers' Union}
-Alien {Harvest|Ambassador}
+Time {Machine in Hangar Six|Travellers from 3000}
+Alien {Invasion|Ambassador}
 Cryosleep {Lottery|Passengers}
-The {Gravity|Laser} War
-Uploaded {Minds|Tomorrow}
+The Galactic {Laser|Robot} War
+Artificial Minds of {the Future|Andromeda}
 """,
     "horror": """
-The {House|Cellar} That Whispers
+The Evil {House|Cellar} That Whispers
 Blood on the {Nursery Wall|Altar}
-They Crawl {at Midnight|Under the Skin}
+Terror {Crawls at Midnight|Under the Skin}
 {Zombies|Ghouls} of Hollow Lane
 The Possession of {Sister Agnes|Room 13}
-Don't {Look Behind You|Open the Coffin}
+Don't {Wake the Dead|Open the Coffin}
 Scream, {Little Doll|Scarecrow}
 Night of the {Vampire Bride|Slashers}
 The Haunted {Asylum|Orphanage}
 Curse of the {Black Mirror|Hanged Man}
-Something {Breathes|Feeds} in the Attic
+A Monster {Breathes|Feeds} in the Attic
 {Demon|Werewolf} Season
-Graveyard {Lullaby|Choir}
+Graveyard {Nightmare|Ghosts}
 """,
     "courtroom": """
-{Objection Overruled|A Doubt Too Reasonable}
+{Objection Overruled|A Judge in Doubt}
 The {Junior|Reluctant} Attorney
 The Jury {Is Tired|of Strangers}
-Closing {Arguments|Statement}
+The Lawyer's {Closing Arguments|Opening Statement}
 The Verdict {Comes Friday|of Judge Harrow}
-{Cross-Examining|In Contempt of} the Mayor
+{Cross-Examining|Suing} the Mayor
 The {Defender|Prosecutor}'s Debt
 The Innocence {Lawyers|Appeal}
 Witness for the {Defence|State}
-Habeas Corpus {Blues|County}
+Courthouse {Blues|Steps}
 The {Bribery|Perjury} Trial
-Guilty {Until Tuesday|as Charged}
+Guilty {Plea|as Charged}
 Law Firm {of Liars|on the Brink}
 """,
     "heist": """
@@ -54,43 +54,43 @@ The {Vault|Diamond} Job
 Four {Thieves|Crooks} and a Getaway Van
 Cracking the {Casino Safe|Royal Mint}
 The {Forger's|Safecracker's} Daughter
-One Last {Score|Robbery}
+One Last {Burglary|Robbery}
 {Bank Holiday|Armoured Truck} Stick-Up
 Stealing the {Sultan's Emerald|Museum's Crown}
-The Inside {Cashier|Tip}
-Con {Artists Anonymous|Game in Monaco}
+The Bank {Robber's Tip|Raid}
+Swindlers {Anonymous|in Monaco}
 Alarm at {Gallery West|the Jewellers}
-{Pickpockets|Hackers} of the Grand Hotel
-Laser Grid, {Steady Hands|Double Cross}
-Loot {and Loyalty|for Three}
+{Pickpockets|Jewel Thieves} of the Grand Hotel
+Thieves and {Steady Hands|a Double Cross}
+Stolen {Loot and Loyalty|Millions for Three}
 """,
     "romance": """
 {Love|Kisses} at the Bus Stop
 The Accidental {Bridesmaid|Fiancé}
 Letters to {My Sweetheart|a Summer Crush}
-Falling for {the Florist|My Ex's Brother}
+Falling in Love with {the Florist|My Ex's Brother}
 A {Wedding|Proposal} by the Lake
 Second Chance {Valentine|Hearts}
 Blind {Date Diaries|Dates and Bad Wine}
 Married {by Mistake|Again}
-Two {Tickets to Paris|Lovers, One Lease}
+Two {Hearts in Paris|Lovers, One Lease}
 The {Matchmaker|Runaway Groom}
 Honeymoon {for One|Swap}
 Meet Me {Under the Mistletoe|on the Ferris Wheel}
-Jilted, {Then You|Joyfully}
+Jilted {Bride|and in Love Again}
 """,
     "western": """
 {Gunslinger|Outlaw} at High Noon
 The {Sheriff|Widow} of Dry Creek
 Dust, Saddles and {Revenge|Whiskey}
-Ride {to Coyote Canyon|the Prairie Alone}
-Wanted: {Dead or Paid|the Calloway Gang}
+Horseback {to Coyote Canyon|Across the Prairie}
+Wanted: {the Outlaw Twins|the Calloway Gang}
 {Cattle Drive|Stagecoach} to Nowhere
-Six {Bullets for Pedro|Spurs}
+Six-Shooters {for Pedro|and Spurs}
 The Saloon {Showdown|Singer's Colt}
 {Bounty|Buffalo} Hunters of Salt Creek
-Lasso {Kid|Moon}
-Ranch {at the Border|Feud}
+Cowboys {and Lassos|Under the Moon}
+Cowboy Ranch {at the Border|Feud}
 Gold Rush {Graves|Desperados}
 Tumbleweed {Justice|Marshal}
 """,
@@ -100,11 +100,11 @@ Secret Life of {Coral Reefs|Owls}
 The Great {Wildebeest|Butterfly} Migration
 Jungle {Canopy at Night|of Giants}
 Rivers {of the Salmon|Run Wild}
-Hidden {Meadow|Burrows}
-The {Wolf|Bear} Year
+Hidden {Meadow Creatures|Burrows of the Badger}
+The {Wolf|Bear} Cubs' First Year
 Planet of {Insects|Fungi}
-Ocean {Predators|Drifters}
-Savannah {Mothers|Waterhole}
+Ocean {Predators|Jellyfish}
+Savannah {Lions|Elephants at the Waterhole}
 Nests, {Dens and Hives|Webs and Shells}
 How {Forests Talk|Whales Sing}
 Tundra {Awakens|Survivors}
@@ -119,40 +119,40 @@ Street {Food Nights|Tacos of the World}
 Too Many {Soufflés|Cooks in Lyon}
 From Farm to {Fork|Frying Pan}
 {Barbecue|Pizza} Masters
-Michel's {Tiny Bistro|Burnt Toast}
+Chef Michel's {Tiny Bistro|Burnt Toast}
 Spice {Caravan|Route Suppers}
 The Perfect {Roast|Loaf}
 Dessert {Island|Duel}
 """,
     "sports": """
-The Final {Whistle|Lap}
+The Final {Match|Lap}
 {Boxer|Wrestler} from the Docks
 Coach {Rivera's Misfits|on the Bench}
 Marathon {of a Lifetime|Sisters}
 Hoop {Hopes|City Champions}
-The {Goalkeeper|Pitcher} Who Waited
+The {Goalkeeper|Baseball Pitcher} Who Waited
 Ice Rink {Rivals|Underdogs}
 Sprint {to Gold|Relay}
-Down by Two, {Ninth Inning|Overtime}
+The Team in {Ninth Inning|Overtime}
 Surf {Contest|Finals, Big Wave}
-Peloton {Dreams|Breakaway}
+Cycling {Champions|Race Breakaway}
 The {Olympic|Tennis} Year
-Rookie {Season|Quarterback}
+The Rookie {Season|Quarterback}
 """,
     "war": """
 {Trenches|Snow} of the Eastern Front
 The {Bomber|Submarine} Crew
 Letters from a {Fallen Soldier|Prisoner's Camp}
 D-Day {Minus One|Medics}
-Behind {Enemy Lines|the Barricades}
+Soldiers {Behind Enemy Lines|at the Barricades}
 {Regiment|Platoon} of Ghost Hill
 The Siege of {Fort Ardan|Winter Harbour}
-General {Orders Retreat|Without an Army}
+The General {Orders Retreat|Without an Army}
 Resistance {Radio|Couriers}
-Tank {Brothers|Column}
-The Armistice {Hour|Train}
-Mines {at the Beach|and Mercy}
-Biplane {Summer|Girls}
+Army Tank {Brothers|Column}
+Armistice {for the Soldiers|Train}
+Battle {of the Beaches|and Mercy}
+Fighter {Pilots' Summer|Squadron Girls}
 """,
     "detective": """
 The {Locked Room|Poisoned Teacup} Mystery
@@ -160,14 +160,14 @@ Inspector {Vale Investigates|Marlo's Hunch}
 A Corpse {in the Library|at Low Tide}
 {Private Eye|Sleuth} on Canal Street
 Who Killed {the Organist|Madame Fontaine}?
-Missing {Heiress|Persons Bureau}
-Fingerprints {Don't Lie|on the Decanter}
-The {Alibi|Clue} Collector
+The Missing {Heiress|Persons} Investigation
+Detective Work: {Fingerprints|the Decanter}
+The Murderer's {Alibi|Last Clue}
 Murder {on the Night Ferry|by Metronome}
-Trench Coat and {Cigarettes|Shadows}
+The Sleuth in {Trench Coat|Shadows}
 {Homicide|Cold Case} Squad
 Detective {Twins|in Slippers}
-The Unsolved {Strangling|Ledger}
+The Unsolved {Strangling|Murder Ledger}
 """,
     "fantasy": """
 {Dragon|Wizard} of the Silver Peak
@@ -175,13 +175,13 @@ The {Sword|Crown} of Elves
 Quest for the {Enchanted Well|Phoenix Feather}
 Sorceress {in Exile|of Thornwood}
 {Goblin|Dwarf} King
-Realm of {Broken Spells|Runes}
-The Prophecy {Child|of Ash}
+Magic Realm of {Broken Spells|Runes}
+The Wizard's Prophecy {Child|of Ash}
 Knights {and Griffins|of the Faerie Court}
 Unicorn {Rider|Hollow}
 The Witch's {Apprentice|Bargain}
 {Kingdom|Throne} Under the Mountain
-Amulet {Bearers|War}
+Magic Amulet {Bearers|War}
 Troll Bridge {Ballad|Gate}
 """,
     "children": """
@@ -189,13 +189,13 @@ Troll Bridge {Ballad|Gate}
 Puppy {Playground|Parade}
 The {Giggling|Sleepy} Teddy Bears
 Counting with {Captain Carrot|Ducklings}
-{Rainbow|Bubble} Bus
+The Happy {Rainbow|Bubble} Bus
 Dino {School|Babies' Picnic}
 Tilly and the {Talking Tricycle|Cookie Lorry}
 Alphabet {Animals|Train}
 Mouse {in a Teapot|House Lullabies}
 {Kitten|Piglet} Rescue Team
-The Wobbly {Snowman|Jellyfish Family}
+The Wobbly Little {Snowman|Jellyfish}
 Storytime {Treehouse|with Uncle Hedgehog}
 Toy Box {Adventures|Tales}
 """,
@@ -203,15 +203,15 @@ Toy Box {Adventures|Tales}
 {Jazz|Piano} in the Basement
 The {Drummer|Cellist} Who Couldn't Hear
 Garage Band {Forever|Breakup}
-Encore for {Lena|a Forgotten Tenor}
+Encore for a {Singer|Forgotten Tenor}
 {Opera|Choir} Behind Bars
-Vinyl {Kings|Summer}
+Rock and Roll {Kings|Summer}
 Four Chords {and a Lie|to Fame}
-Backstage {Pass|Diva}
+Pop {Star Backstage|Diva}
 The Busker's {Symphony|Guitar}
 Rap {Battle Borough|Dreams}
-Conducting {Chaos|the Maestro's Ghost}
-Punk {Sisters|Never Dies}
-Karaoke {Nights|Queens}
+The Orchestra {in Chaos|and the Maestro's Ghost}
+Punk Band {Sisters|on Tour}
+Songs of the Karaoke {Nights|Queens}
 """,
 }

@@ -24,6 +24,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, product
 
 from peftrank.samples import PARTS, sample_path, samples
 from peftrank.samples._ecommerce import BRANDS
@@ -66,6 +67,14 @@ class SimulatedItem:
     """Released after training: appears in the test part only."""
 
 
+@dataclass(frozen=True)
+class Menu:
+    """Items to draw from, with their cumulated weights."""
+
+    items: list[SimulatedItem]
+    cumulated: list[float]
+
+
 @dataclass
 class SimulatedUser:
     """A user, their tastes, and the history that grows from list to list."""
@@ -74,6 +83,8 @@ class SimulatedUser:
     affinities: Mapping[str, float]
     history: list[SimulatedItem] = field(default_factory=list)
     feedback: list[int] = field(default_factory=list)
+    menus: dict[tuple[bool, bool], Menu] = field(default_factory=dict)
+    """(liked, cold) -> what such a place in a list is filled from."""
 
     def affinity(self, item: SimulatedItem) -> float:
         """Returns how much the user likes the item's topics, in [0, 1]."""
@@ -171,6 +182,8 @@ class _World:
             tastes[topic] = affinity
         self.users += 1
         user = SimulatedUser(f"u{self.users}", tastes)
+        for liked, cold in product((True, False), repeat=2):
+            user.menus[liked, cold] = self._menu(user, liked, cold)
         for _ in range(rng.randint(4, 6)):
             noisy = rng.random() < _HISTORY_NOISE
             item = self._pick(user, user.history, liked=not noisy, cold=False)
@@ -201,10 +214,10 @@ class _World:
         return slates
 
     def _slate(self, slate_id: str, user: SimulatedUser, late: bool, time: int) -> SimulatedSlate:
-        candidates = self._candidates(user, late)
-        affinities = tuple(round(user.affinity(item), 3) for item in candidates)
         labels: tuple[int, ...] = ()
         while not any(labels):  # a list without a click teaches nothing and is not logged
+            candidates = self._candidates(user, late)
+            affinities = tuple(round(user.affinity(item), 3) for item in candidates)
             labels = tuple(
                 self._label(user, item) if self._clicked(position, affinity, item) else 0
                 for position, (affinity, item) in enumerate(
@@ -229,14 +242,22 @@ class _World:
         self, user: SimulatedUser, used: Sequence[SimulatedItem], *, liked: bool, cold: bool
     ) -> SimulatedItem:
         taken = {item.item_id for item in used}
-        fresh = [it for it in self.items if it.cold == cold and it.item_id not in taken]
-        pool = [item for item in fresh if bool(user.affinity(item)) == liked]
-        if not pool:  # a small topic is used up: take its older or newer items
+        menu = user.menus[liked, cold]
+        if all(item.item_id in taken for item in menu.items):
+            # A small topic is used up: take its older or newer items.
             return self._pick(user, used, liked=liked, cold=not cold)
-        weights = [
-            user.affinity(item) * item.appeal if liked else 0.4 + item.appeal for item in pool
-        ]
-        return self.rng.choices(pool, weights)[0]
+        while True:
+            item = self.rng.choices(menu.items, cum_weights=menu.cumulated)[0]
+            if item.item_id not in taken:
+                return item
+
+    def _menu(self, user: SimulatedUser, liked: bool, cold: bool) -> Menu:
+        there = [item for item in self.items if item.cold == cold]
+        items = [item for item in there if bool(user.affinity(item)) == liked]
+        weights = (
+            user.affinity(item) * item.appeal if liked else 0.4 + item.appeal for item in items
+        )
+        return Menu(items, list(accumulate(weights)))
 
     def _clicked(self, position: int, affinity: float, item: SimulatedItem) -> bool:
         examined = 1 / (1 + 0.12 * (position - 1))
@@ -285,21 +306,28 @@ def _titles(domain: str, rng: random.Random) -> list[tuple[dict[str, str], dict[
 
 def _members(rng: random.Random) -> list[tuple[dict[str, str], dict[str, float]]]:
     phrases = {topic: _expand(lines) for topic, lines in _SOCIAL.items()}
-    used = Counter[str]()
-    drafts = []
-    for topic in phrases:
-        for _ in range(_ITEMS_PER_TOPIC):
+    used, drafts = Counter[str](), dict[str, tuple[dict[str, str], dict[str, float]]]()
+    for place, topic in enumerate(phrases, start=1):
+        while len(drafts) < place * _ITEMS_PER_TOPIC:  # two of the same text count once
             others = [other for other in phrases if other != topic]
-            side = rng.choices((topic, rng.choice(others), ""), (35, 15, 50))[0]
-            says = [_least_used(phrases[topic], used, rng)]
-            says.append(_least_used(phrases[side], used, rng) if side else rng.choice(ASIDES))
-            if rng.random() < 0.4:
-                says.insert(0, rng.choice(JOBS).lower())
-            about = ", ".join(says)
+            side = rng.choices((topic, rng.choice(others), ""), (35, 10, 55))[0]
+            about = _about(phrases[topic], phrases.get(side, ()), used, rng)
             name = f"{rng.choice(NAMES)} {rng.choice('ABDEGHKLMNPRSTVW')}."
-            fields = {"name": name, "about": about[0].upper() + about[1:]}
-            drafts.append((fields, {topic: 1.0} if not side else {side: 0.5, topic: 1.0}))
-    return drafts
+            topics = {side: 0.5, topic: 1.0} if side else {topic: 1.0}
+            drafts.setdefault(about, ({"name": name, "about": about}, topics))
+    return list(drafts.values())
+
+
+def _about(main: Sequence[str], side: Sequence[str], used: Counter[str], rng: random.Random) -> str:
+    """Returns a job (sometimes), a pastime of `main`, and one of `side` or an aside (sometimes)."""
+    says = [rng.choice(JOBS).lower()] if rng.random() < 0.3 else []
+    says.append(_least_used(main, used, rng))
+    if side:
+        says.append(_least_used(side, used, rng))
+    elif rng.random() < 0.4:
+        says.append(rng.choice(ASIDES))
+    about = ", ".join(says)
+    return about[0].upper() + about[1:]
 
 
 def _least_used(phrases: Sequence[str], used: Counter[str], rng: random.Random) -> str:

@@ -1,0 +1,162 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from peftrank.cli.data import app
+from peftrank.errors import ConfigError, DataError
+from peftrank.formats.slates import read_items, read_slates
+
+FEATURES = "popularity,item_knn,transition,item_embedding,text_overlap,recency"
+
+
+@pytest.fixture
+def films(tmp_path):
+    """Writes a MovieLens folder of authored films: 12 users, 16 films, 8 ratings each."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    films = (f"{i}::Story {i} of the {('red', 'blue')[i % 2]} house::Drama" for i in range(16))
+    (folder / "movies.dat").write_text("\n".join(films) + "\n", encoding="utf-8")
+    rows = [
+        f"{user}::{(user + 3 * step) % 16}::{1 + (user + step) % 5}::{1000 * step + user}"
+        for user in range(12)
+        for step in range(8)
+    ]
+    (folder / "ratings.dat").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def prepare(films, output, *more):
+    given = ("--format", "movielens", "--path", films, "--output", output, "--n-negatives", 4)
+    return run("prepare", *given, *more)
+
+
+def test_prepare_writes_parts_items_and_a_record(films, tmp_path):
+    out = tmp_path / "slates"
+    result = prepare(films, out, "--targets-per-user", 3, "--features", FEATURES, "--json")
+    assert result.exit_code == 0
+    meta = json.loads(result.stdout)
+    assert meta == json.loads((out / "meta.json").read_text(encoding="utf-8"))
+    assert meta["counts"]["slates"] == {"train": 36, "valid": 12, "test": 12}
+    assert meta["as_of"] == "time"
+    assert len(dict(read_items(out / "items.jsonl"))) == 16
+    slates = list(read_slates(out / "test.jsonl"))
+    assert all(len(slate.candidates) == 5 and sum(slate.labels) == 1 for slate in slates)
+    assert set(slates[0].candidates[0].features) <= set(meta["features"])
+    assert all(slate.candidates[0].fields["title"] for slate in slates)
+
+
+def test_the_same_seed_gives_the_same_files(films, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        prepare(films, tmp_path / name, "--features", FEATURES, "--seed", seed)
+    prints = [
+        json.loads((tmp_path / name / "meta.json").read_text(encoding="utf-8"))["fingerprint"]
+        for name in "abc"
+    ]
+    assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.mark.parametrize("split", ["users", "time", "leave-one-out"])
+@pytest.mark.parametrize("negatives", ["uniform", "popularity", "category"])
+def test_every_split_goes_with_every_way_to_draw(films, tmp_path, split, negatives):
+    out = tmp_path / "slates"
+    result = prepare(films, out, "--split", split, "--negatives", negatives)
+    assert result.exit_code == 0
+    assert list(read_slates(out / "train.jsonl"))
+
+
+def test_parquet_holds_the_same_slates(films, tmp_path):
+    prepare(films, tmp_path / "a", "--features", "popularity")
+    prepare(films, tmp_path / "b", "--features", "popularity", "--parquet")
+    first = list(read_slates(tmp_path / "a" / "train.jsonl"))
+    assert first == list(read_slates(tmp_path / "b" / "train.parquet"))
+
+
+def test_a_second_run_leaves_no_file_of_the_first(films, tmp_path):
+    prepare(films, tmp_path / "a", "--parquet")
+    prepare(films, tmp_path / "a")
+    assert not (tmp_path / "a" / "train.parquet").exists()
+
+
+def test_low_ratings_are_left_out_and_counted(films, tmp_path):
+    prepare(films, tmp_path / "a", "--min-rating", 3, "--labels", "rating")
+    meta = json.loads((tmp_path / "a" / "meta.json").read_text(encoding="utf-8"))
+    assert meta["dropped"]["interactions below --min-rating"] > 0
+    for slate in read_slates(tmp_path / "a" / "test.jsonl"):
+        assert max(slate.labels) >= 3
+
+
+def test_negatives_and_scores_come_from_a_run(films, tmp_path):
+    run_file = tmp_path / "bm25.run"
+    rows = (f"{u} Q0 {i} {i + 1} {16 - i} bm25" for u in range(12) for i in range(16))
+    run_file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    out = tmp_path / "a"
+    prepare(films, out, "--negatives", f"run:{run_file}", "--features", "retriever")
+    for slate in read_slates(out / "test.jsonl"):
+        scores = [item.features["retriever"] for item in slate.candidates]
+        assert scores == [16 - int(item.item_id) for item in slate.candidates]
+
+
+def test_lists_really_shown_are_kept_as_they_are(films, tmp_path):
+    prepare(films, tmp_path / "a", "--split", "users", "--valid", 0, "--test", 0)
+    given = ("--format", "slates", "--path", tmp_path / "a" / "train.jsonl")
+    run("prepare", *given, "--output", tmp_path / "b", "--features", "click_rate,popularity")
+    before = {s.slate_id: s for s in read_slates(tmp_path / "a" / "train.jsonl")}
+    kept = [
+        s
+        for part in ("train", "valid", "test")
+        for s in read_slates(tmp_path / "b" / f"{part}.jsonl")
+    ]
+    assert len(kept) == len(before) == 12
+    for slate in kept:
+        old = before[slate.slate_id]
+        assert [i.item_id for i in slate.candidates] == [i.item_id for i in old.candidates]
+        assert slate.labels == old.labels
+
+
+def test_inspect_prints_every_part(films, tmp_path):
+    prepare(films, tmp_path / "a", "--features", "popularity")
+    result = run("inspect", tmp_path / "a")
+    assert result.exit_code == 0
+    for word in ("train", "valid", "test", "list length", "labels", "feature coverage", "Story"):
+        assert word in result.stdout
+
+
+def test_inspect_counts_for_machines(films, tmp_path):
+    prepare(films, tmp_path / "a", "--features", "popularity")
+    report = json.loads(run("inspect", tmp_path / "a", "--json").stdout)["parts"]["test"]
+    assert report["slates"] == 12
+    assert report["labels"] == {"0": 48, "1": 12}
+    assert report["list_length"] == {"5-9": 12}
+    assert sum(report["relevant_position"].values()) == 12
+    assert report["feature_coverage"] == {"history_length": 1.0, "popularity": 1.0}
+    assert report["field_coverage"] == {"genres": 1.0, "title": 1.0}
+    assert report["cold_candidates"] == 0
+
+
+def test_inspect_of_an_empty_folder_says_what_was_expected(tmp_path):
+    with pytest.raises(DataError, match="expected train, valid or test slates here"):
+        run("inspect", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--split", "random", "--split takes leave-one-out"),
+        ("--negatives", "hard", "--negatives takes uniform"),
+        ("--labels", "stars", "--labels takes binary or rating"),
+        ("--features", "price", "unknown features 'price'"),
+        ("--features", "retriever", "need --run FILE"),
+        ("--features", "click_rate", "need lists that were really shown"),
+        ("--split", "given", "needs lists that were really shown"),
+        ("--as-of", "now", "--as-of takes auto"),
+        ("--category-field", "colour", "no item has a field 'colour'"),
+    ],
+)
+def test_a_setting_that_cannot_work_says_why(films, tmp_path, option, value, message):
+    with pytest.raises(ConfigError, match=message):
+        prepare(films, tmp_path / "a", option, value)

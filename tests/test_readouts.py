@@ -1,0 +1,111 @@
+"""Readouts on a tiny base, against the plain language-model computation."""
+
+import pytest
+import torch
+
+from peftrank.attention import attention_mask
+from peftrank.errors import ConfigError
+from peftrank.prompts import PromptTemplate, collate
+from peftrank.prompts.tree import path_tokens
+from peftrank.readouts.likelihood import Likelihood
+from peftrank.readouts.score_head import ScoreHead
+from peftrank.readouts.yes_no import YesNo
+
+PARTS = {
+    "preamble": "liked\n",
+    "history": "- {{ title }}\n",
+    "question": "next\n",
+    "candidate": "{{ title }}\n",
+    "answer": "yes or no",
+}
+
+
+def states_and_batch(base, template, slates, **options):
+    batch = collate(slates, template, pad_token_id=base.pad_token_id, **options)
+    mask = attention_mask(batch, causal=base.is_decoder, dtype=base.compute_dtype)
+    with torch.no_grad():
+        return base.hidden_states(batch.input_ids, mask, batch.position_ids), batch
+
+
+def built(readout, base, **options):
+    return readout.build(base.hidden_size, base.tokenizer, base.lm_head, **options)
+
+
+def test_likelihood_is_the_mean_log_probability_of_the_candidates_text(tiny_decoder, make_slate):
+    readout = built(Likelihood, tiny_decoder)
+    template = PromptTemplate(tiny_decoder.tokenizer, parts=PARTS, turn=readout.turn)
+    slates = [make_slate(n_candidates=3, seed=1), make_slate(n_candidates=5, seed=2)]
+    states, batch = states_and_batch(tiny_decoder, template, slates)
+    scores = readout(states, batch)
+    assert scores.shape == (2, 5)
+    for s, slate in enumerate(slates):
+        tree = template.tree(slate)
+        for c, span in enumerate(tree.candidates):
+            path = torch.tensor([path_tokens(tree, span.segment)])
+            with torch.no_grad():
+                log_p = tiny_decoder.model(path).logits.log_softmax(-1)[0]
+            first = path.shape[1] - len(tree.segments[span.segment].tokens)
+            wanted = range(first + span.start, first + span.stop)
+            expected = torch.stack([log_p[t - 1, path[0, t]] for t in wanted]).mean()
+            assert float(scores[s, c]) == pytest.approx(float(expected), abs=1e-4)
+    assert scores[0, 3:].tolist() == [0.0, 0.0]
+
+
+def test_yes_no_is_the_difference_of_the_answers_logits(tiny_decoder, make_slate):
+    words = {"yes_words": ["a"], "no_words": ["b"]}
+    readout = built(YesNo, tiny_decoder, **words)
+    yes, no = (tiny_decoder.tokenizer.encode(w, add_special_tokens=False)[0] for w in "ab")
+    template = PromptTemplate(tiny_decoder.tokenizer, parts=PARTS, turn=readout.turn)
+    slate = make_slate(n_candidates=3)
+    states, batch = states_and_batch(tiny_decoder, template, [slate])
+    scores = readout(states, batch)
+    tree = template.tree(slate)
+    for c, span in enumerate(tree.candidates):
+        path = torch.tensor([path_tokens(tree, span.segment)])
+        with torch.no_grad():
+            logits = tiny_decoder.model(path).logits[0, -1]
+        expected = float(logits[yes] - logits[no])
+        assert float(scores[0, c]) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("readout", [YesNo, Likelihood])
+def test_token_readouts_refuse_an_encoder(readout, tiny_encoder):
+    with pytest.raises(ConfigError, match="decoder base"):
+        built(readout, tiny_encoder)
+
+
+@pytest.mark.parametrize("readout", [YesNo, Likelihood])
+def test_token_readouts_refuse_features(readout, tiny_decoder):
+    with pytest.raises(ConfigError, match="score_head"):
+        built(readout, tiny_decoder, feature_names=("popularity",))
+
+
+def test_score_head_standardises_with_the_training_statistics(tiny_encoder):
+    head = built(ScoreHead, tiny_encoder, feature_names=("a", "b"))
+    rows = torch.tensor([[1.0, float("nan")], [3.0, 5.0], [5.0, 5.0]])
+    head.fit_features(rows)
+    assert head.feature_mean.tolist() == [3.0, 5.0]
+    assert head.feature_std[0] == pytest.approx((8 / 3) ** 0.5)
+    assert head.feature_std[1] == 1.0  # a constant feature is not divided by zero
+
+
+def test_a_missing_feature_has_a_learned_value(tiny_encoder, make_slate):
+    head = built(ScoreHead, tiny_encoder, feature_names=("a", "b"))
+    template = PromptTemplate(tiny_encoder.tokenizer, parts=PARTS)
+    slates = [make_slate(features=("a",))]
+    states, batch = states_and_batch(tiny_encoder, template, slates, feature_names=("a", "b"))
+    before = head(states, batch)
+    before.sum().backward()
+    assert head.missing.grad[1] != 0.0
+    assert head.missing.grad[0] == 0.0
+    with torch.no_grad():
+        head.missing[1] = 2.0
+    assert not torch.equal(before, head(states, batch))
+
+
+def test_slates_without_features_are_refused_by_a_readout_that_has_some(tiny_encoder, make_slate):
+    head = built(ScoreHead, tiny_encoder, feature_names=("a",))
+    template = PromptTemplate(tiny_encoder.tokenizer, parts=PARTS)
+    states, batch = states_and_batch(tiny_encoder, template, [make_slate()])
+    with pytest.raises(ConfigError, match="the slates carry none"):
+        head(states, batch)
