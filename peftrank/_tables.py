@@ -231,6 +231,7 @@ class Table:
     def from_shown(self) -> tuple[Lists, Sequences, Shown | None]:
         """Returns the lists really shown, and what the training part says."""
         settings = self.settings
+        self._refuse_sampling()
         rows = self._usable()
         part = self._parts(rows)
         order = sorted(
@@ -241,6 +242,16 @@ class Table:
         lists = self._lists(rows, part, settings.history_length)
         training = [row for row, p in zip(rows, part, strict=True) if p == 0]
         return lists, self._met(training), self._shown(training)
+
+    def _refuse_sampling(self) -> None:
+        """Raises ConfigError for settings that only sampled lists obey."""
+        default, settings = Settings(), self.settings
+        for name in ("negatives", "n_negatives", "targets_per_user", "labels", "min_rating"):
+            if getattr(settings, name) != getattr(default, name):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is for lists sampled from interactions; these "
+                    "lists were really shown and are kept as they are"
+                )
 
     def _usable(self) -> list[Impression]:
         kept, bare, unknown, idle = [], 0, 0, 0
@@ -264,6 +275,10 @@ class Table:
         named = {row.part for row in rows}
         how = settings.split or ("given" if len(named - {""}) > 1 else "users")
         if how == "given":
+            if settings.valid is not None or settings.test is not None:
+                raise ConfigError(
+                    "the raw files name the parts; drop --valid and --test, or use --split users"
+                )
             if "" in named:
                 raise ConfigError("--split given: the raw files do not name the parts")
             return np.array([PARTS.index(row.part) for row in rows], np.int64)

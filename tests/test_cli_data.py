@@ -118,6 +118,30 @@ def test_lists_really_shown_are_kept_as_they_are(films, tmp_path):
         assert slate.labels == old.labels
 
 
+def test_lists_really_shown_take_no_settings_for_sampling(films, tmp_path):
+    prepare(films, tmp_path / "a")
+    given = ("--format", "slates", "--path", tmp_path / "a" / "train.jsonl")
+    with pytest.raises(ConfigError, match="--n-negatives is for lists sampled"):
+        run("prepare", *given, "--output", tmp_path / "b", "--n-negatives", 3)
+
+
+def test_parts_named_by_the_files_are_kept(tmp_path):
+    raw = tmp_path / "mind"
+    raw.mkdir()
+    news = "\n".join(f"N{i}\tsport\tball\tMatch {i}\t\t\t[]\t[]" for i in range(4)) + "\n"
+    for part in ("train", "valid"):
+        (raw / f"news.{part}.tsv").write_text(news, encoding="utf-8")
+        row = f"{part}0\tU{part}\t11/15/2019 8:00:00 AM\tN0\tN1-1 N2-0 N3-0\n"
+        (raw / f"behaviors.{part}.tsv").write_text(row, encoding="utf-8")
+    given = ("--format", "mind", "--path", raw, "--output", tmp_path / "a")
+    result = run("prepare", *given, "--features", "click_rate,category", "--json")
+    meta = json.loads(result.stdout)
+    assert meta["counts"]["slates"] == {"train": 1, "valid": 1, "test": 0}
+    assert meta["as_of"] == "part"
+    with pytest.raises(ConfigError, match="drop --valid and --test"):
+        run("prepare", *given, "--test", 0.5)
+
+
 def test_inspect_prints_every_part(films, tmp_path):
     prepare(films, tmp_path / "a", "--features", "popularity")
     result = run("inspect", tmp_path / "a")

@@ -66,18 +66,40 @@ def read_part(data: DataConfig, domain: str, part: str) -> list[Slate]:
 
 
 def step_batches(
-    n_slates: int, batch_size: int, seed: int, first_step: int, total_steps: int
-) -> Iterator[np.ndarray]:
-    """Yields the slate indices of each optimizer step from `first_step` (0-based) on.
+    slates: Sequence[Slate],
+    batch_size: int,
+    *,
+    together: int,
+    seed: int,
+    first_step: int,
+    total_steps: int,
+) -> Iterator[list[Slate]]:
+    """Yields the slates of each optimizer step from `first_step` (0-based) on.
 
-    Every epoch is a fresh permutation; an epoch's last batch may be smaller.
+    Every epoch is a fresh order; its last batch may be smaller. Up to `together` successive slates
+    of one user stay neighbours, because in a row they share the history and cost less.
     """
-    per_epoch = steps_per_epoch(n_slates, batch_size)
+    blocks = _user_blocks(slates, together)
+    per_epoch = steps_per_epoch(len(slates), batch_size)
     for epoch in range(first_step // per_epoch, -(-total_steps // per_epoch)):
-        order = np.random.default_rng([seed, epoch]).permutation(n_slates)
-        for i in range(per_epoch):
-            if first_step <= epoch * per_epoch + i < total_steps:
-                yield order[i * batch_size : (i + 1) * batch_size]
+        order = np.random.default_rng([seed, epoch]).permutation(len(blocks))
+        shuffled = [i for block in order for i in blocks[block]]
+        for step in range(per_epoch):
+            if first_step <= epoch * per_epoch + step < total_steps:
+                chosen = shuffled[step * batch_size : (step + 1) * batch_size]
+                yield [slates[i] for i in chosen]
+
+
+def _user_blocks(slates: Sequence[Slate], together: int) -> list[list[int]]:
+    """Cuts 0..len-1 into runs of one user's slates, each at most `together` long."""
+    blocks: list[list[int]] = []
+    for i, slate in enumerate(slates):
+        fits = blocks and len(blocks[-1]) < together
+        if fits and slates[blocks[-1][0]].user_id == slate.user_id:
+            blocks[-1].append(i)
+        else:
+            blocks.append([i])
+    return blocks
 
 
 def steps_per_epoch(n_slates: int, batch_size: int) -> int:

@@ -93,13 +93,18 @@ def _steps(run: Run, bar: Progress, stopping: threading.Event) -> None:
     training = run.config.training
     run.start_log()
     batches = step_batches(
-        len(run.train), training.batch_size, run.config.seed, run.step, run.total_steps
+        run.train,
+        training.batch_size,
+        together=training.slates_per_user,
+        seed=run.config.seed,
+        first_step=run.step,
+        total_steps=run.total_steps,
     )
-    for indices in batches:
+    for slates in batches:
         started = time.perf_counter()
-        values = _optimize(run, [run.train[i] for i in indices])
+        values = _optimize(run, slates)
         run.step += 1
-        values["slates_per_second"] = len(indices) / (time.perf_counter() - started)
+        values["slates_per_second"] = len(slates) / (time.perf_counter() - started)
         last = run.step == run.total_steps
         if run.step % training.eval_steps == 0 or last:
             values[f"valid_{SELECT_BY}"] = _evaluate(run)
