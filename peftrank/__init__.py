@@ -20,7 +20,8 @@ if TYPE_CHECKING:
         DataError,
         PeftRankError,
     )
-    from peftrank.evaluation import Evaluation, evaluate
+    from peftrank.evaluation import Evaluation
+    from peftrank.evaluation import evaluate as evaluate
     from peftrank.formats.slates import read_slates, write_slates
     from peftrank.ranker import Ranker
     from peftrank.training import train

@@ -118,7 +118,7 @@ class TrainingConfig(_Section):
     batch_size: int = Field(16, ge=1)
     """Slates per optimizer step, over all processes."""
     slates_per_user: int = Field(4, ge=1)
-    """Up to so many successive slates of a user stay in one batch and share their history's cost."""
+    """Up to so many successive slates of a user stay in one batch and share their history."""
     micro_tokens: int = Field(4096, ge=16)
     """Tokens per forward pass; smaller uses less memory and gives the same gradients."""
     learning_rate: float | None = Field(None, gt=0)

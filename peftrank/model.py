@@ -6,6 +6,7 @@ It knows neither adapters (they live inside or around the base) nor losses.
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,8 @@ class RankingModel(nn.Module):
 
 def move(batch: Batch, device: torch.device) -> Batch:
     """Returns the batch with every tensor on a device."""
-    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    moved = {
+    tensors: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    moved: dict[str, Any] = {
         k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, Tensor)
     }
     return replace(batch, **moved)

@@ -71,9 +71,9 @@ def check_options(
 
 def option_names(kind: str, name: str) -> set[str]:
     """Returns the names of the keyword-only parameters of a plug-in: its options."""
-    target = load(kind, name)
+    target: Any = load(kind, name)
     if inspect.isclass(target) and "build" in vars(target):
-        target = target.build
+        target = vars(target)["build"].__func__
     parameters = inspect.signature(target).parameters.values()
     return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 

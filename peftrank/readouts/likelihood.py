@@ -66,7 +66,7 @@ class Likelihood(nn.Module):
         log_p = torch.cat(
             [
                 self._log_p(states[row[i], predictor[i]], tokens[i])
-                for i in torch.arange(len(tokens), device=tokens.device).split(_CHUNK)
+                for i in torch.split(torch.arange(len(tokens), device=tokens.device), _CHUNK)
             ]
             or [states.new_zeros(0, dtype=torch.float32)]
         )

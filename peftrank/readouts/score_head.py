@@ -92,7 +92,8 @@ class ScoreHead(nn.Module):
         scores = self.text(states).squeeze(-1)
         if self.n_features:
             scores = scores + self._feature_scores(states, batch)
-        return scores.masked_fill(~batch.mask, 0.0)
+        masked: Tensor = scores.masked_fill(~batch.mask, 0.0)
+        return masked
 
     def _feature_scores(self, states: Tensor, batch: Batch) -> Tensor:
         if batch.features is None:
@@ -102,7 +103,8 @@ class ScoreHead(nn.Module):
             )
         numbers = (batch.features - self.feature_mean) / self.feature_std
         numbers = torch.where(numbers.isnan(), self.missing, numbers)
-        return self.features(torch.cat([numbers, self.project(states)], dim=-1)).squeeze(-1)
+        scores: Tensor = self.features(torch.cat([numbers, self.project(states)], dim=-1))
+        return scores.squeeze(-1)
 
 
 def _network(inputs: int, width: int) -> nn.Module:

@@ -119,7 +119,7 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
     template = PromptTemplate(
         base.tokenizer,
         **prompt_arguments(config),
-        turn=readout.turn,
+        turn=str(readout.turn),
         max_depth=base.max_depth,
     )
     adapted = peft.get_peft_model(base.model, method.config(base.model))
@@ -192,7 +192,8 @@ def _build_readout(
             for slate in train
             for item in slate.candidates
         ]
-        readout.fit_features(torch.tensor(rows, device=base.device))
+        fit: Any = readout.fit_features
+        fit(torch.tensor(rows, device=base.device))
     return readout
 
 
