@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         PeftRankError,
     )
     from peftrank.evaluation import Evaluation
-    from peftrank.evaluation import evaluate as evaluate
+    from peftrank.evaluation import evaluate as evaluate  # type: ignore[no-redef]
     from peftrank.formats.slates import read_slates, write_slates
     from peftrank.ranker import Ranker
     from peftrank.training import train
