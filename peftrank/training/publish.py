@@ -33,6 +33,8 @@ def publish(run: Run, output: Path, metrics: dict[str, float]) -> Path:
         AdapterError: the disk refuses, or the saved adapter does not give the scores it gave.
     """
     config, tensors = run.method.export(run.adapted)
+    # PEFT notes where the weights lay on this machine; others need the model's public name.
+    config.base_model_name_or_path = run.base.identity.model_id
     checked = run.valid[:_CHECKED_SLATES]
     expected = _scores(run, checked)
     manifest = _manifest(run, metrics)
