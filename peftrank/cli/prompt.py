@@ -32,7 +32,7 @@ def show(
     from peftrank.prompts import PromptTemplate, render
 
     settings = settings_of(domain=domain, config=config, base=base, data=data, set_=set_)
-    base_model = load_base(settings.base.name, quantization="none")
+    base_model = load_base(settings.base.name, quantization="none", revision=settings.base.revision)
     template = PromptTemplate(
         base_model.tokenizer,
         **settings.prompt.model_dump(exclude={"template"}),
