@@ -128,6 +128,9 @@ def _slates(
     domain: str | None,
 ) -> Iterator[Slate]:
     items = [log.items[item_id] for item_id in log.item_ids]
+    # A value that every interaction has (a click, a friendship) is no rating: a template that asks
+    # for low ones would call everything disliked.
+    rated = len(np.unique(lists.feedback)) > 1
     for i in rows:
         history = slice(lists.history_start[i], lists.history_start[i + 1])
         shown = slice(lists.candidate_start[i], lists.candidate_start[i + 1])
@@ -141,7 +144,7 @@ def _slates(
                 for c, row in zip(lists.candidate[shown], values[shown], strict=True)
             ),
             labels=None if np.isnan(label).any() else tuple(label.tolist()),
-            history_feedback=tuple(lists.feedback[history].tolist()),
+            history_feedback=tuple(lists.feedback[history].tolist()) if rated else None,
             timestamp=None if np.isnan(lists.time[i]) else float(lists.time[i]),
             domain=domain,
         )

@@ -90,6 +90,22 @@ def test_low_ratings_are_left_out_and_counted(films, tmp_path):
         assert max(slate.labels) >= 3
 
 
+def test_ratings_are_kept_as_feedback_and_mere_events_are_not(films, tmp_path):
+    prepare(films, tmp_path / "rated")
+    ratings = films / "ratings.dat"
+    rows = [line.split("::") for line in ratings.read_text(encoding="utf-8").splitlines()]
+    ratings.write_text("".join(f"{u}::{i}::1::{t}\n" for u, i, _, t in rows), encoding="utf-8")
+    prepare(films, tmp_path / "seen")
+    for rated, seen in zip(
+        read_slates(tmp_path / "rated" / "test.jsonl"),
+        read_slates(tmp_path / "seen" / "test.jsonl"),
+        strict=True,
+    ):
+        assert rated.history == seen.history
+        assert set(rated.history_feedback) <= {1, 2, 3, 4, 5}
+        assert seen.history_feedback is None
+
+
 def test_negatives_and_scores_come_from_a_run(films, tmp_path):
     run_file = tmp_path / "bm25.run"
     rows = (f"{u} Q0 {i} {i + 1} {16 - i} bm25" for u in range(12) for i in range(16))
