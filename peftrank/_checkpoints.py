@@ -14,8 +14,6 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +33,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from peftrank.errors import BaseModelError, ConfigError
+from peftrank.files import publish_folder, temporary_folder
 from peftrank.plugins import did_you_mean
 
 _TABLE = Path(__file__).with_name("bases.yaml")
@@ -115,27 +114,15 @@ def publish(folder: Path, write: Callable[[Path], None]) -> Path:
     Raises:
         BaseModelError: the cache cannot be written.
     """
-    temporary = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        write(temporary)
-        for path in (*temporary.iterdir(), temporary):
-            _sync(path)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process published the same content first
-                raise
-        _sync(folder.parent)
+        with temporary_folder(folder.parent) as temporary:
+            write(temporary)
+            publish_folder(temporary, folder)  # or another process did, with the same content
     except OSError as error:
         raise BaseModelError(
             f"cannot write {folder}: {error}. Free some space, or set ${_CACHE_VARIABLE} to a "
             "folder that can be written."
         ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -343,14 +330,6 @@ def _check_reload(model: torch.nn.Module, folder: Path) -> None:
 def _file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _drop_message(logger: str, beginning: str) -> None:

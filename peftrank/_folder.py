@@ -52,7 +52,7 @@ _KEYS: Mapping[tuple[str, ...], type] = {
 
 
 def write(path: Path, domain: str, files: AdapterFiles, card: str) -> None:
-    """Fills an empty folder with an adapter's files, each flushed to the disk.
+    """Fills an empty folder with an adapter's files.
 
     Raises:
         OSError: the disk refuses.
@@ -72,8 +72,7 @@ def write(path: Path, domain: str, files: AdapterFiles, card: str) -> None:
     }
     _check_manifest(path, manifest)
     for name, data in {**content, MANIFEST: _dump(MANIFEST, manifest)}.items():
-        write_file(path / name, data)
-    sync(path)
+        (path / name).write_bytes(data)
 
 
 def read(path: Path) -> AdapterFiles:
@@ -116,25 +115,6 @@ def check_same(read_back: AdapterFiles, written: AdapterFiles) -> None:
         )
         if not equal:
             raise AdapterError("what was written differs from the trained weights; nothing saved")
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a new file and waits until the disk has it."""
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(folder: Path) -> None:
-    """Waits until the disk has the folder's list of names."""
-    if os.name == "nt":  # Windows cannot open a folder, and needs no such call
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _check_names(path: Path) -> None:

@@ -20,7 +20,8 @@ from peftrank.errors import ConfigError
 # A wheel carries the domain files inside the package; in a checkout they lie beside it.
 _PACKAGE = Path(__file__).parent
 _CONFIGS = next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir())
-_DOMAIN = re.compile(r"[a-z][a-z0-9_-]{0,63}")
+DOMAIN_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
+"""A domain names a folder of the store, so it holds no dot and no separator."""
 PARTS = ("preamble", "history", "question", "candidate", "answer")
 
 
@@ -162,7 +163,7 @@ class Config(_Section):
     @field_validator("domain")
     @classmethod
     def _domain_name(cls, value: str) -> str:
-        if not _DOMAIN.fullmatch(value):
+        if not DOMAIN_NAME.fullmatch(value):
             raise ValueError("a domain is lower-case letters, digits, - and _, at most 64")
         return value
 

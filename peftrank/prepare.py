@@ -20,6 +20,7 @@ from peftrank._lists import PARTS, Ints, Lists, Sequences
 from peftrank._tables import Settings, Table
 from peftrank.errors import ConfigError, DataError
 from peftrank.features import GROUPS, Source, compute
+from peftrank.files import write_bytes
 from peftrank.formats._log import Log
 from peftrank.formats.slates import write_items, write_slates
 from peftrank.types import Item, Slate
@@ -63,7 +64,7 @@ def prepare(log: Log, output: Path, settings: Settings) -> dict[str, Any]:
     files = _write(log, lists, table.user_ids, names, values, output, settings)
     meta = _meta(log, lists, train, settings, table, names, values, timed, files, output)
     text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
-    (output / "meta.json").write_text(text, encoding="utf-8")
+    write_bytes(output / "meta.json", text.encode())
     return meta
 
 

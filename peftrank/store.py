@@ -6,11 +6,7 @@ one. `<store>/<domain>/ACTIVE` names the version in use. This file knows nothing
 
 from __future__ import annotations
 
-import contextlib
 import re
-import shutil
-import time
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +15,9 @@ import torch
 from torch import Tensor
 
 from peftrank import _folder
+from peftrank.config import DOMAIN_NAME
 from peftrank.errors import AdapterError
+from peftrank.files import publish_folder, temporary_folder, write_bytes
 from peftrank.peft_files import AdapterFiles as AdapterFiles
 from peftrank.peft_files import lora_layers
 from peftrank.plugins import did_you_mean
@@ -27,11 +25,8 @@ from peftrank.plugins import did_you_mean
 if TYPE_CHECKING:
     from peftrank.base import BaseIdentity
 
-_DOMAIN = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _VERSION = re.compile(r"[0-9]{4,9}")
 _ACTIVE = "ACTIVE"
-_TEMPORARY = ".tmp-"
-_LEFTOVER_SECONDS = 24 * 3600
 
 
 def save_adapter(
@@ -47,20 +42,18 @@ def save_adapter(
         AdapterError: bad domain name, incomplete manifest, or the disk refuses; nothing is left.
     """
     home = Path(store) / check_domain(domain)
-    temporary = home / f"{_TEMPORARY}{uuid.uuid4().hex}"
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        _sweep(home)
-        temporary.mkdir()
-        _folder.write(temporary, domain, files, card)
-        _folder.check_same(_folder.read(temporary), files)
-        path = _publish(temporary, home)
+        with temporary_folder(home) as temporary:
+            _folder.write(temporary, domain, files, card)
+            _folder.check_same(_folder.read(temporary), files)
+            path = _next_version(home)
+            while not publish_folder(temporary, path):  # another process took this number first
+                path = _next_version(home)
     except OSError as error:
         raise AdapterError(
-            f"cannot write an adapter under {home}: {error.strerror}. Nothing was published."
+            f"cannot write an adapter under {home}: {error.strerror}. Nothing was published; "
+            "free some space or choose another store."
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     if activate:
         _put_into_use(path)
     return path
@@ -114,7 +107,7 @@ def resolve(source: str | Path, store: Path = Path("adapters")) -> Path:
         AdapterError: there is no such adapter.
     """
     name, _, version = str(source).partition("@")
-    named = isinstance(source, str) and _DOMAIN.fullmatch(name) is not None
+    named = isinstance(source, str) and DOMAIN_NAME.fullmatch(name) is not None
     if named and (Path(store) / name).is_dir():
         if version:
             return _existing(store, name, version)
@@ -133,7 +126,7 @@ def resolve(source: str | Path, store: Path = Path("adapters")) -> Path:
 
 def domains(store: Path) -> tuple[str, ...]:
     """Returns the domains that have a version in the store, sorted."""
-    found = sorted(p.name for p in Path(store).glob("*") if _DOMAIN.fullmatch(p.name))
+    found = sorted(p.name for p in Path(store).glob("*") if DOMAIN_NAME.fullmatch(p.name))
     return tuple(name for name in found if versions(store, name))
 
 
@@ -173,9 +166,9 @@ def activate(store: Path, domain: str, version: str) -> None:
 
 def check_domain(name: str) -> str:
     """Returns the name; raises AdapterError unless it can name a domain."""
-    if not isinstance(name, str) or not _DOMAIN.fullmatch(name):
+    if not isinstance(name, str) or not DOMAIN_NAME.fullmatch(name):
         raise AdapterError(
-            f"{name!r} is not a domain name; expected {_DOMAIN.pattern}: lower-case letters, "
+            f"{name!r} is not a domain name; expected {DOMAIN_NAME.pattern}: lower-case letters, "
             "digits, - and _, at most 64, a letter first"
         )
     return name
@@ -230,44 +223,19 @@ def _existing(store: Path, domain: str, version: str) -> Path:
     return Path(store) / domain / version
 
 
-def _publish(temporary: Path, home: Path) -> Path:
-    """Renames a complete folder to the next free number and returns it."""
-    while True:
-        numbers = [int(p.name) for p in home.iterdir() if _VERSION.fullmatch(p.name)]
-        path = home / f"{max(numbers, default=0) + 1:04d}"
-        try:
-            temporary.rename(path)
-        except OSError:
-            # Another process took this number first; a rename never replaces a filled folder.
-            if not path.exists():
-                raise
-        else:
-            _folder.sync(home)
-            return path
+def _next_version(home: Path) -> Path:
+    numbers = [int(p.name) for p in home.iterdir() if _VERSION.fullmatch(p.name)]
+    return home / f"{max(numbers, default=0) + 1:04d}"
 
 
 def _put_into_use(path: Path) -> None:
     target = path.parent / _ACTIVE
-    temporary = path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
     try:
-        _folder.write_file(temporary, f"{path.name}\n".encode())
-        temporary.replace(target)
-        _folder.sync(path.parent)
+        write_bytes(target, f"{path.name}\n".encode())
     except OSError as error:
-        raise AdapterError(f"cannot write {target}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sweep(home: Path) -> None:
-    """Deletes what a crashed process left a day ago or earlier."""
-    for path in home.glob(f"{_TEMPORARY}*"):
-        with contextlib.suppress(FileNotFoundError):  # another process may sweep too
-            if time.time() - path.lstat().st_mtime > _LEFTOVER_SECONDS:
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink()
+        raise AdapterError(
+            f"cannot write {target}: {error.strerror}. The active version is what it was."
+        ) from error
 
 
 def _settings(files: AdapterFiles) -> dict[str, Any]:

@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -337,15 +338,15 @@ def test_another_tokenizer_is_refused_and_another_quantization_is_not(tiny_decod
 
 @pytest.mark.parametrize("failing", [*_folder.HASHED, _folder.MANIFEST])
 def test_a_full_disk_leaves_nothing_behind(saved, tmp_path, monkeypatch, failing):
-    write = _folder.write_file
+    write = Path.write_bytes
 
     def full(path, data):
         if path.name == failing:
-            path.write_bytes(data[:10])
+            write(path, data[:10])
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, data)
 
-    monkeypatch.setattr(_folder, "write_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(AdapterError, match="No space left"):
         store.save_adapter(tmp_path, "news", make_files(1), card="")
     assert sorted(p.name for p in (tmp_path / "news").iterdir()) == ["0001", "ACTIVE"]
@@ -355,10 +356,10 @@ def test_a_full_disk_leaves_nothing_behind(saved, tmp_path, monkeypatch, failing
 def test_a_full_disk_at_activation_keeps_the_old_active_version(saved, tmp_path, monkeypatch):
     store.save_adapter(tmp_path, "news", make_files(1), card="", activate=False)
 
-    def full(path, data):
+    def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(_folder, "write_file", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(AdapterError, match=r"ACTIVE.*No space left"):
         store.activate(tmp_path, "news", "0002")
     assert store.active(tmp_path, "news") == "0001"

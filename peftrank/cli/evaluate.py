@@ -35,8 +35,9 @@ def command(
     from rich.console import Console
 
     from peftrank import evaluation
-    from peftrank.cli.settings import ranker_for, settings_of, write_text
+    from peftrank.cli.settings import ranker_for, settings_of
     from peftrank.evaluation import report as reports
+    from peftrank.files import write_bytes
     from peftrank.training.data import read_part
     from peftrank.training.run import prompt_arguments
 
@@ -70,6 +71,6 @@ def command(
     for group in parts:
         console.print(reports.as_table(group))
     if report is not None:
-        write_text(report, reports.as_html(f"{settings.domain}: accuracy", parts))
+        write_bytes(report, reports.as_html(f"{settings.domain}: accuracy", parts).encode())
     if json_file is not None:
-        write_text(json_file, json.dumps(parts, indent=2))
+        write_bytes(json_file, json.dumps(parts, indent=2).encode())

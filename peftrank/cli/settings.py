@@ -57,14 +57,6 @@ def slate_at(settings: Config, part: str, index: int) -> Slate:
     return slates[index]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or none."""
-    from peftrank.formats._writing import replacing_text
-
-    with replacing_text(path) as file:
-        file.write(text.encode("utf-8"))
-
-
 def ranker_for(settings: Config, store: Path) -> Ranker:
     """Returns a ranker on the configured base, with no domain loaded."""
     from peftrank.base import load_base

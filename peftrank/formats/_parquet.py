@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from peftrank.errors import DataError
+from peftrank.files import replacing
 from peftrank.formats._log import Reject
-from peftrank.formats._writing import replacing
 
 _ROWS = 512
 """Rows per record batch, so per piece in memory."""

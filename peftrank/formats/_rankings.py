@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from peftrank.errors import ConfigError, DataError
+from peftrank.files import writing
 from peftrank.formats._lines import text_lines
 from peftrank.formats._log import OnError, Rejects, number, row_errors
-from peftrank.formats._writing import replacing_text
 from peftrank.types import RankedList, Slate
 
 _SPACE = re.compile(r"\s")
@@ -41,7 +41,7 @@ def write_rankings(path: Path, ranked: Iterable[RankedList], *, tag: str = "peft
     else:
         raise ConfigError(f"rankings are written as .jsonl, .jsonl.gz or .run, not {path.name}")
     count = 0
-    with replacing_text(path) as file:
+    with writing(path) as file:
         for text in lines:
             file.write(text.encode("utf-8"))
             count += 1
@@ -55,7 +55,7 @@ def write_qrels(path: Path, slates: Iterable[Slate]) -> int:
         DataError: a slate has no labels, a label is no whole number, or an id holds white space.
     """
     count = 0
-    with replacing_text(Path(path)) as file:
+    with writing(Path(path)) as file:
         for slate in slates:
             file.write(_qrels(slate).encode("utf-8"))
             count += 1

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peftrank.errors import ConfigError, DataError
+from peftrank.files import writing
 from peftrank.formats._lines import text_lines
 from peftrank.formats._log import (
     Impression,
@@ -35,7 +36,6 @@ from peftrank.formats._record import (
     slate_from_record,
     slate_record,
 )
-from peftrank.formats._writing import replacing_text
 from peftrank.types import Item, Slate
 
 __all__ = [
@@ -187,7 +187,7 @@ def _write(path: Path, records: Iterator[dict[str, Any]], schema: Any) -> int:  
     if path.suffix == ".parquet":
         write_parquet(path, counted(), schema)
     elif path.name.endswith(_JSON):
-        with replacing_text(path) as file:
+        with writing(path) as file:
             for record in counted():
                 text = json.dumps(record, ensure_ascii=False, allow_nan=False)
                 file.write(text.encode("utf-8") + b"\n")
