@@ -20,7 +20,8 @@ def lambdamart(
     """Returns the scores of 300 boosted trees fitted to the training slates' features.
 
     Raises:
-        ConfigError: lightgbm is not installed, or the slates carry no features.
+        ConfigError: lightgbm is not installed, or the training slates carry no features or no
+            labels.
     """
     try:
         lightgbm = importlib.import_module("lightgbm")
@@ -28,27 +29,36 @@ def lambdamart(
         raise ConfigError(
             "baseline lambdamart needs the package lightgbm: pip install 'peftrank[baselines]'"
         ) from None
-    names = sorted({n for s in train for item in s.candidates for n in item.features})
+    labelled = [s for s in train if s.labels is not None]
+    if not labelled:
+        raise ConfigError("baseline lambdamart learns from labels and no training slate has any")
+    names = sorted({n for s in labelled for item in s.candidates for n in item.features})
     if not names:
         raise ConfigError(
             "baseline lambdamart needs candidate features; make slates that have some with: "
             "peftrank data prepare --features popularity,item_knn,text_overlap,recency"
         )
-    ranker = lightgbm.LGBMRanker(
-        n_estimators=300,
-        learning_rate=0.05,
-        num_leaves=31,
-        min_child_samples=50,
-        random_state=seed,
-        deterministic=True,
-        force_row_wise=True,
-        verbose=-1,
+    labels = [round(label * _LABEL_STEPS) for s in labelled for label in s.labels or ()]
+    rows = lightgbm.Dataset(
+        _rows(labelled, names), label=labels, group=[len(s.candidates) for s in labelled]
     )
-    labels = [round(label * _LABEL_STEPS) for s in train for label in s.labels or ()]
-    gains = (np.arange(max(labels) + 1) / _LABEL_STEPS).tolist()
-    ranker.set_params(label_gain=gains)
-    ranker.fit(_rows(train, names), labels, group=[len(s.candidates) for s in train])
-    found = ranker.predict(_rows(slates, names))
+    # LightGBM's own API: its scikit-learn one needs another package.
+    trees = lightgbm.train(
+        {
+            "objective": "lambdarank",
+            "learning_rate": 0.05,
+            "num_leaves": 31,
+            "min_data_in_leaf": 50,
+            "label_gain": (np.arange(max(labels) + 1) / _LABEL_STEPS).tolist(),
+            "seed": seed,
+            "deterministic": True,
+            "force_row_wise": True,
+            "verbosity": -1,
+        },
+        rows,
+        num_boost_round=300,
+    )
+    found = trees.predict(_rows(slates, names))
     ends = np.cumsum([len(s.candidates) for s in slates])[:-1]
     return [tuple(part.tolist()) for part in np.split(found, ends)]
 

@@ -23,7 +23,9 @@ def overlap(
         rows = [words(item) for item in slate.candidates]
         scores.append(
             tuple(
-                sum(idf[w] for w in row if w in known) / math.sqrt(max(1, len(row))) for row in rows
+                # fsum: sets have no fixed order, and rounding must not decide between equals.
+                math.fsum(idf[w] for w in row if w in known) / math.sqrt(max(1, len(row)))
+                for row in rows
             )
         )
     return scores
