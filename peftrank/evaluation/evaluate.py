@@ -44,8 +44,7 @@ class Evaluation:
 
     def mean(self, metric: str) -> float:
         """Returns the mean over the counted slates, NaN if there is none."""
-        values = _present(self.values[metric])
-        return float(values.mean()) if len(values) else float("nan")
+        return _mean(_present(self.values[metric]))
 
     def interval(self, metric: str) -> tuple[float, float]:
         """Returns the 95% bootstrap percentile interval of the mean (Efron & Tibshirani 1993)."""
@@ -81,14 +80,19 @@ def evaluate(
 def compare(a: Evaluation, b: Evaluation, metric: str) -> tuple[float, float, float]:
     """Returns the mean difference a - b over the same slates and its paired 95% interval.
 
-    The interval resamples slates, keeping both values of a slate together.
+    The interval resamples slates, keeping both values of a slate together. NaN if no slate has
+    both values.
     """
     differences = _present(a.values[metric] - b.values[metric])
-    return (float(differences.mean()), *_interval(differences))
+    return (_mean(differences), *_interval(differences))
 
 
 def _present(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return values[~np.isnan(values)]
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    return float(values.mean()) if len(values) else float("nan")
 
 
 def _interval(values: NDArray[np.float64]) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 from rich.table import Table
 
+from peftrank.errors import ConfigError
 from peftrank.evaluation.evaluate import Evaluation, compare
 
 _PAGE = """<!doctype html>
@@ -24,8 +25,8 @@ small { color: #555 }
 <table><thead><tr><th>ranking</th>{% for m in part.metrics %}<th>{{ m }}</th>{% endfor %}
 </tr></thead><tbody>
 {% for row in part.rows %}<tr><td>{{ row.name }}</td>
-{% for m in part.metrics %}<td>{{ "%.3f"|format(row.metrics[m].mean) }}
-<small>[{{ "%.3f"|format(row.metrics[m].low) }}, {{ "%.3f"|format(row.metrics[m].high) }}]</small>
+{% for m in part.metrics %}<td>{{ row.metrics[m].mean|shown }}
+<small>[{{ row.metrics[m].low|shown }}, {{ row.metrics[m].high|shown }}]</small>
 </td>{% endfor %}</tr>
 {% endfor %}</tbody></table>
 <p><small>{{ part.counted }} slates; {{ part.left_out }} without a relevant candidate are left out.
@@ -36,7 +37,13 @@ Brackets: 95% bootstrap interval of the mean.</small></p>
 
 
 def as_json(name: str, rows: Sequence[Evaluation]) -> dict[str, Any]:
-    """Returns a group of evaluations on the same slates as JSON values."""
+    """Returns a group of evaluations on the same slates as JSON values, null where there is none.
+
+    Raises:
+        ConfigError: `rows` is empty.
+    """
+    if not rows:
+        raise ConfigError("nothing to measure: give an adapter or at least one baseline")
     metrics = list(rows[0].values)
     return {
         "name": name,
@@ -63,7 +70,8 @@ def as_table(part: dict[str, Any]) -> Table:
     for row in part["rows"]:
         cells = (row["metrics"][m] for m in part["metrics"])
         table.add_row(
-            row["name"], *(f"{c['mean']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells)
+            row["name"],
+            *(f"{_shown(c['mean'])} [{_shown(c['low'])}, {_shown(c['high'])}]" for c in cells),
         )
     return table
 
@@ -71,6 +79,7 @@ def as_table(part: dict[str, Any]) -> Table:
 def as_html(title: str, parts: Sequence[dict[str, Any]]) -> str:
     """Returns a page with every group."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters["shown"] = _shown
     return environment.from_string(_PAGE).render(title=title, parts=parts)
 
 
@@ -87,3 +96,7 @@ def _measured(row: Evaluation, reference: Evaluation, metric: str) -> dict[str, 
 
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
