@@ -26,7 +26,6 @@ def command(
 ) -> None:
     """Train a domain's adapter and put it into the store as its new active version."""
     from peftrank.cli.settings import settings_of
-    from peftrank.config import Config
     from peftrank.errors import ConfigError
     from peftrank.training import train
     from peftrank.training.checkpoint import load
@@ -36,7 +35,7 @@ def command(
         if any(value is not None for value in given):
             raise ConfigError("--resume continues a run with its own configuration; give only it")
         saved = load(resume)
-        settings = Config.model_validate(saved.values["config"])
+        settings = saved.config
         output = saved.run.parent.parent.parent  # <store>/<domain>/.runs/<run>
     else:
         settings = settings_of(

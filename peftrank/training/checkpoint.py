@@ -6,21 +6,22 @@ It holds only what trains (adapter, readout, optimizer, method state), never the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peftrank.config import Config
 from peftrank.errors import AdapterError, ConfigError
+from peftrank.files import publish_folder, temporary_folder
 from peftrank.training.data import fingerprint
 from peftrank.training.run import Run, Snapshot, parameter_names, put_back, snapshot
 
@@ -32,6 +33,7 @@ class Checkpoint:
     """A run's state after `values["step"]` optimizer steps; tensors grouped by what they are."""
 
     run: Path
+    config: Config
     values: dict[str, Any]
     groups: dict[str, dict[str, Tensor]]
 
@@ -93,7 +95,7 @@ def restore(run: Run, saved: Checkpoint) -> None:
 
 def check_config(saved: Checkpoint, config: Config) -> None:
     """Raises ConfigError naming every key in which `config` differs from the saved run's."""
-    then, now = _flat(saved.values["config"]), _flat(config.model_dump(mode="json"))
+    then, now = (_flat(c.model_dump(mode="json")) for c in (saved.config, config))
     keys = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     if keys:
         shown = ", ".join(f"{k} (was {then.get(k)!r}, now {now.get(k)!r})" for k in keys)
@@ -117,31 +119,47 @@ def load(path: Path) -> Checkpoint:
         folder = found[-1]
     try:
         values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        groups = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
+        config = Config.model_validate(values["config"])
+        groups = {
+            name: _read(folder / f"{name}.safetensors", sha256)
+            for name, sha256 in values["sha256"].items()
+        }
+    except KeyError as error:
+        raise AdapterError(
+            f"checkpoint {folder}: state.json lacks {error}; another version of PeftRank wrote it. "
+            "Resume with that version, or train anew."
+        ) from None
     except (OSError, ValueError, SafetensorError) as error:
         raise AdapterError(
-            f"checkpoint {folder} is damaged: {error}. Resume from another."
+            f"checkpoint {folder} is damaged: {error}. Resume from another checkpoint of the run."
         ) from None
-    return Checkpoint(folder.parent, values, groups)
+    return Checkpoint(folder.parent, config, values, groups)
+
+
+def _read(path: Path, sha256: str) -> dict[str, Tensor]:
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(f"{path.name} is not what was written")
+    tensors: dict[str, Tensor] = safetensors.torch.load(data)
+    return tensors
 
 
 def _write(final: Path, values: dict[str, Any], groups: dict[str, dict[str, Tensor]]) -> None:
     run = final.parent
-    temporary = run / f".tmp-{final.name}-{os.getpid()}"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name, tensors in groups.items():
-            held = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-            save_file(held, temporary / f"{name}.safetensors")
-        (temporary / "state.json").write_text(json.dumps(values), encoding="utf-8")
-        for path in temporary.iterdir():
-            _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        _sync(run)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with temporary_folder(run) as temporary:
+            hashes = {}
+            for name, tensors in groups.items():
+                held = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+                data = safetensors.torch.save(held)
+                (temporary / f"{name}.safetensors").write_bytes(data)
+                hashes[name] = hashlib.sha256(data).hexdigest()
+            state = json.dumps({**values, "sha256": hashes})
+            (temporary / "state.json").write_text(state, encoding="utf-8")
+            if final.exists():
+                shutil.rmtree(final)
+            publish_folder(temporary, final)
+    except OSError as error:
         raise AdapterError(
             f"cannot save checkpoint {final}: {error}. Free space or fix permissions, then "
             "continue from the checkpoint before it with --resume."
@@ -183,11 +201,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _all(run: Path) -> list[Path]:
     found = [p for p in run.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
     return sorted(found, key=lambda p: int(p.name.split("-")[-1]))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,7 @@ number of slates. A run continues exactly from its checkpoints.
 from __future__ import annotations
 
 import math
+import shlex
 import signal
 import threading
 import time
@@ -75,6 +76,7 @@ def train(
         return publish(run, output, {f"valid_{SELECT_BY}": value})
     finally:
         run.adapted.unload()
+        run.base.model.eval()
         run.accelerator.end_training()
 
 
@@ -115,7 +117,7 @@ def _steps(run: Run, bar: Progress, stopping: threading.Event) -> None:
         if stopping.is_set() and not last:
             raise Interrupted(
                 f"stopped after step {run.step} of {run.total_steps}. "
-                f"Continue with: peftrank train --resume {checkpoint.save(run)}"
+                f"Continue with: peftrank train --resume {shlex.quote(str(checkpoint.save(run)))}"
             )
         if run.step % training.checkpoint_steps == 0 and not last:
             checkpoint.save(run)

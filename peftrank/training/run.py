@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from peftrank import plugins
 from peftrank.base import Base, load_base
-from peftrank.config import Config
-from peftrank.errors import DataError
+from peftrank.config import Config, TrainingConfig
+from peftrank.errors import ConfigError, DataError
 from peftrank.model import RankingModel, move
 from peftrank.prompts import PromptTemplate, feature_tensor, micro_batches, pack, token_count
 from peftrank.training.data import feature_names, read_part, steps_per_epoch
@@ -65,13 +65,14 @@ class Run:
     history: list[dict[str, float]] = field(default_factory=list)
     """What was logged, one row per step."""
 
-    trees: dict[str, PromptTree] = field(default_factory=dict)
+    trees: dict[int, PromptTree] = field(default_factory=dict)
 
     def tree(self, slate: Slate) -> PromptTree:
-        """Returns the slate's prompt tree, made once in a run."""
-        if slate.slate_id not in self.trees:
-            self.trees[slate.slate_id] = self.template.tree(slate)
-        return self.trees[slate.slate_id]
+        """Returns the prompt tree of a slate of `train` or `valid`, made once in a run."""
+        key = id(slate)  # unlike slate ids, no two slates of the run share it
+        if key not in self.trees:
+            self.trees[key] = self.template.tree(slate)
+        return self.trees[key]
 
     def start_log(self) -> None:
         """Opens `metrics.jsonl` with the rows up to now, so that no step appears twice."""
@@ -98,8 +99,8 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
         ConfigError, DataError, BaseModelError: see their messages.
     """
     training = config.training
-    train, valid = _labelled_part(config, "train"), _labelled_part(config, "valid")
-    valid = valid[: training.eval_slates]
+    train = _labelled_part(config, "train")
+    valid = _labelled_part(config, "valid", training.eval_slates)
     total_steps = training.max_steps or training.epochs * steps_per_epoch(
         len(train), training.batch_size
     )
@@ -107,11 +108,7 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
         total_steps=total_steps, **config.method.options
     )
     loss = plugins.load("losses", config.loss.name)
-    accelerator = Accelerator(
-        mixed_precision="no" if training.mixed_precision == "auto" else training.mixed_precision,
-        log_with=list(training.trackers) or None,
-        project_dir=str(folder) if training.trackers else None,
-    )
+    accelerator = _accelerator(training, folder)
     torch.manual_seed(config.seed)
     base = base or _load_base(config, accelerator.device)
     features = feature_names(train)
@@ -150,14 +147,34 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
     )
 
 
-def _labelled_part(config: Config, part: str) -> list[Slate]:
-    slates = read_part(config.data, config.domain, part)
+def _labelled_part(config: Config, part: str, limit: int | None = None) -> list[Slate]:
+    slates = read_part(config.data, config.domain, part)[:limit]
     if not slates:
         raise DataError(f"the {part} part of domain {config.domain!r} holds no slate")
     for slate in slates:
         if slate.labels is None:
             raise DataError(f"slate {slate.slate_id!r} of the {part} part has no labels")
+    if not any(label > 0 for slate in slates for label in slate.labels or ()):
+        raise DataError(
+            f"none of the {len(slates)} slates that are read of the {part} part has a relevant "
+            "candidate (a label above 0), so there is nothing to learn from or to measure"
+        )
     return slates
+
+
+def _accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
+    wanted = training.mixed_precision
+    try:
+        return Accelerator(
+            mixed_precision="no" if wanted == "auto" else wanted,
+            log_with=list(training.trackers) or None,
+            project_dir=str(folder) if training.trackers else None,
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"training.mixed_precision={wanted} is not possible here. A process keeps the "
+            f"precision of its first training, and fp16 needs a GPU. Accelerate says: {error}"
+        ) from error
 
 
 def _load_base(config: Config, device: torch.device) -> Base:
