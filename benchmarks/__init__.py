@@ -1,0 +1,1 @@
+"""Measurements that claims rest on, each one command: `python -m benchmarks.<name>`."""
