@@ -26,6 +26,7 @@ from peftrank.peft_files import AdapterFiles, check_tensors, lora_layers
 FORMAT_VERSION = 1
 MANIFEST = "peftrank.json"
 HASHED = ("README.md", "adapter_config.json", "adapter_model.safetensors", "readout.safetensors")
+_AGAIN = "Copy the adapter again from where it came, or activate another version."
 _METHODS = ("LORA", "BOTTLENECK")
 _CODE = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth", ".py", ".so")
 _KEYS: Mapping[tuple[str, ...], type] = {
@@ -139,7 +140,7 @@ def _check_names(path: Path) -> None:
             raise AdapterError(f"{path}: unexpected file {name!r}{code}. Remove it.")
     missing = [name for name in HASHED if name not in entries]
     if missing:
-        raise AdapterError(f"{path} is incomplete: {', '.join(missing)} missing")
+        raise AdapterError(f"{path} is incomplete: {', '.join(missing)} missing. {_AGAIN}")
 
 
 def _check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
@@ -185,12 +186,14 @@ def _check_bottleneck(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
 def _verified(path: Path, entry: Mapping[str, Any]) -> bytes:
     data = _read(path)
     if len(data) != entry["bytes"]:
-        raise AdapterError(f"{path} has {len(data)} bytes; {MANIFEST} says {entry['bytes']}")
+        raise AdapterError(
+            f"{path} has {len(data)} bytes; {MANIFEST} says {entry['bytes']}. {_AGAIN}"
+        )
     found = _entry(data)["sha256"]
     if found != entry["sha256"]:
         raise AdapterError(
             f"{path} was changed or damaged: SHA-256 {found[:12]}, {MANIFEST} says "
-            f"{entry['sha256'][:12]}. Copy the adapter again from where it came."
+            f"{entry['sha256'][:12]}. {_AGAIN}"
         )
     return data
 
@@ -229,7 +232,7 @@ def _parse(path: Path, data: bytes) -> dict[str, Any]:
     try:
         values = json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is not valid JSON: {error}") from error
+        raise AdapterError(f"{path} is not valid JSON: {error}. {_AGAIN}") from error
     if not isinstance(values, dict):
         raise AdapterError(f"{path} must hold a JSON object")
     return values
@@ -249,6 +252,6 @@ def _deserialize(path: Path, data: bytes) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load(data)
     except (SafetensorError, KeyError, ValueError) as error:
-        raise AdapterError(f"{path} is not a valid safetensors file: {error}") from error
+        raise AdapterError(f"{path} is not a valid safetensors file: {error}. {_AGAIN}") from error
     check_tensors(tensors, str(path))
     return tensors

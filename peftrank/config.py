@@ -199,7 +199,7 @@ def load_config(
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, source)) from None
+        raise ConfigError(_explain(error, source, overrides or {})) from None
     given = {"methods": ("total_steps",), "readouts": ("feature_names",), "losses": ()}
     sections = {"methods": config.method, "readouts": config.readout, "losses": config.loss}
     for kind, section in sections.items():
@@ -221,7 +221,11 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
         try:
             pairs[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ConfigError(f"--set {text!r}: the value is not valid YAML: {error}") from error
+            _, reason = _yaml_reason(error)
+            raise ConfigError(
+                f"--set {text!r}: the value is not valid YAML: {reason}. Put a text with signs in "
+                f"quotes: --set '{key.strip()}=\"...\"'"
+            ) from error
     return pairs
 
 
@@ -244,11 +248,25 @@ def _read(path: Path | str | None, domain: str | None) -> tuple[str, dict[str, A
         values = yaml.safe_load(source.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {source}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source}: byte {error.start} is not UTF-8; save it as UTF-8") from error
+    except yaml.YAMLError as error:
+        line, reason = _yaml_reason(error)
+        raise ConfigError(f"{source}:{line}: not valid YAML: {reason}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{source} must hold a mapping of configuration keys, not {values!r}")
+        shown = "nothing" if values is None else repr(values)
+        raise ConfigError(
+            f"{source} holds {shown}; expected configuration keys, at least `domain: <name>`"
+        )
     return str(source), values
+
+
+def _yaml_reason(error: yaml.YAMLError) -> tuple[int, str]:
+    """Returns the 1-based line and what is wrong there."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return 1, str(error).partition("\n")[0]  # a character that no YAML may hold
+    tab = "; indent with spaces, not tabs" if "'\\t'" in str(error.problem) else ""
+    return error.problem_mark.line + 1, f"{error.problem}{tab}"
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401
@@ -261,20 +279,24 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401
     values[last] = value
 
 
-def _explain(error: ValidationError, source: str) -> str:
+def _explain(error: ValidationError, source: str, overrides: Mapping[str, Any]) -> str:
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
+        overridden = any(f"{name}.".startswith(f"{key}.") for name in overrides)
+        lines.append("--set:" if overridden else f"{source}:")
         if problem["type"] == "extra_forbidden":
             names = _fields_of(problem["loc"][:-1])
             hint = plugins.did_you_mean(str(problem["loc"][-1]), names)
             lines.append(f"unknown key {key!r}{hint}. Known here: {', '.join(names)}.")
         elif problem["type"] == "missing":
             lines.append(f"key {key!r} is missing.")
+        elif problem["type"] == "model_type":
+            lines.append(f"key {key!r} is a section of keys, not {problem['input']!r}.")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             lines.append(f"key {key!r}: {message} (given: {problem['input']!r}).")
-    return f"{source}: " + " ".join(lines)
+    return " ".join(lines)
 
 
 def _fields_of(location: tuple[str | int, ...]) -> list[str]:

@@ -7,6 +7,7 @@ renamed. This file knows nothing of what is written; an `OSError` names the plac
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import os
 import shutil
@@ -30,7 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk refuses; `filename` is `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary = _temporary(path.parent)
     try:
         yield temporary
@@ -73,7 +74,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     Also removes from `parent` what processes that were killed left a day ago or earlier.
     """
     temporary = _temporary(parent)
-    parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(parent)
     _sweep(parent)
     try:
         temporary.mkdir()
@@ -120,6 +121,13 @@ def _sync(path: Path, flags: int) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, "is a file, not a folder", str(path)) from error
 
 
 def _temporary(parent: Path) -> Path:

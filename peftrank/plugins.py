@@ -9,10 +9,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from peftrank.errors import ConfigError
 
@@ -52,7 +55,7 @@ def load(kind: str, name: str) -> Any:  # noqa: ANN401 - a function or class, by
 def check_options(
     kind: str, name: str, options: Mapping[str, Any], given_by: Iterable[str]
 ) -> None:
-    """Raises ConfigError if an option is not a keyword-only parameter of the plug-in.
+    """Raises ConfigError if an option is no keyword-only parameter of the plug-in, or ill typed.
 
     Args:
         kind: One of KINDS.
@@ -61,20 +64,20 @@ def check_options(
         given_by: Parameters the caller supplies itself, which users may not set.
     """
     allowed = option_names(kind, name) - set(given_by)
-    for key in options:
+    types = _parameter_types(kind, name)
+    for key, value in options.items():
         if key not in allowed:
             raise ConfigError(
                 f"unknown option {key!r} for {kind} {name!r}{did_you_mean(key, allowed)}. "
                 f"It takes: {', '.join(sorted(allowed)) or 'no options'}."
             )
+        if key in types:
+            _check_type(f"option {key!r} for {kind} {name!r}", value, types[key])
 
 
 def option_names(kind: str, name: str) -> set[str]:
     """Returns the names of the keyword-only parameters of a plug-in: its options."""
-    target: Any = load(kind, name)
-    if inspect.isclass(target) and "build" in vars(target):
-        target = vars(target)["build"].__func__
-    parameters = inspect.signature(target).parameters.values()
+    parameters = inspect.signature(_maker(kind, name)).parameters.values()
     return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
@@ -82,6 +85,31 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Returns ` (did you mean 'x'?)` for the closest of `names`, or an empty string."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _maker(kind: str, name: str) -> Any:  # noqa: ANN401
+    """Returns the function, or the class or class method, that takes a plug-in's options."""
+    target: Any = load(kind, name)
+    if inspect.isclass(target):
+        return vars(target)["build"].__func__ if "build" in vars(target) else target
+    return target
+
+
+def _parameter_types(kind: str, name: str) -> dict[str, Any]:
+    maker = _maker(kind, name)
+    try:
+        return get_type_hints(maker.__init__ if inspect.isclass(maker) else maker)
+    except NameError:  # of a plug-in that imports types for type checkers alone
+        return {}
+
+
+def _check_type(what: str, value: object, expected: Any) -> None:  # noqa: ANN401
+    try:
+        # As JSON, where a list is a tuple too, and a text is no number.
+        TypeAdapter(expected).validate_json(json.dumps(value, default=str), strict=True)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise ConfigError(f"{what} is {value!r}: {reason[0].lower()}{reason[1:]}.") from None
 
 
 def _load_outside(kind: str, name: str) -> Any:  # noqa: ANN401

@@ -120,7 +120,8 @@ def resolve(source: str | Path, store: Path = Path("adapters")) -> Path:
     known = domains(store)
     raise AdapterError(
         f"no adapter {str(source)!r}: neither a folder nor a domain of the store {store}"
-        f"{did_you_mean(name, known)}. Domains there: {', '.join(known) or 'none'}."
+        f"{did_you_mean(name, known)}. Domains there: {', '.join(known) or 'none'}. "
+        "Name another store with --store, or make an adapter with peftrank train."
     )
 
 

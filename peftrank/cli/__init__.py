@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+from collections.abc import Sequence
 
 import typer
 
@@ -33,10 +35,15 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
         raise typer.Exit
 
 
-def main() -> None:
-    """Runs the command line. Exit code 0: done; 1: stopped or failed; 2: bad input or usage."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits. 0: done; 1: stopped; 2: not done, and the message says why.
+
+    Args:
+        arguments: Absent: those of the process.
+    """
+    _quiet()
     try:
-        app()
+        app(arguments)
     except PeftRankError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
@@ -45,8 +52,21 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        typer.echo(f"error: {error.filename or 'a file'}: {error.strerror or error}", err=True)
-        sys.exit(1)
+        # Of writing results: input is read with errors that name the line.
+        where = error.filename or "a file"
+        typer.echo(
+            f"error: cannot write {where}: {error.strerror or error}. What was there is unchanged; "
+            "free some space or choose another place.",
+            err=True,
+        )
+        sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)
         sys.exit(1)
+
+
+def _quiet() -> None:
+    # PEFT reads a property that transformers deprecates; a user can do nothing about it.
+    warnings.filterwarnings(
+        "ignore", r"`is_gradient_checkpointing` is deprecated", category=FutureWarning
+    )

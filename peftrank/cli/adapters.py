@@ -18,24 +18,26 @@ STORE = Path("adapters")
 @app.command("list")
 def list_(store: options.Store = STORE, as_json: options.JsonFlag = False) -> None:
     """List every domain's versions; the active one is marked."""
-    from peftrank.store import active, describe, versions
+    from peftrank.store import active, describe, domains, versions
 
-    rows = []
-    for home in sorted(path for path in store.glob("*") if path.is_dir()):
-        for version in versions(store, home.name):
-            described = describe(home / version)
-            rows.append({**described, "active": active(store, home.name) == version})
+    rows = [
+        {**describe(store / domain / version), "version": version, "active": version == current}
+        for domain in domains(store)
+        for current in (active(store, domain),)
+        for version in versions(store, domain)
+    ]
     if as_json:
         typer.echo(json.dumps(rows))
         return
     for row in rows:
         mark = "*" if row["active"] else " "
         typer.echo(
-            f"{mark} {row['domain']}@{row['version']}  {row['method']}  {row['base']}  "
+            f"{mark} {row['domain']}@{row['version']}  {row['method']['name']}  "
+            f"{row['base']['name']}  "
             f"{row['bytes'] / 1024:.0f} KiB"
         )
     if not rows:
-        typer.echo(f"no adapters in {store}")
+        typer.echo(f"no adapters in {store}; make one with peftrank train")
 
 
 @app.command()
@@ -64,10 +66,12 @@ def activate(
     """Make a version the active one (an older one: roll back)."""
     from peftrank.errors import AdapterError
     from peftrank.store import activate as put_into_use
+    from peftrank.store import versions
 
     domain, _, version = source.partition("@")
     if not version:
-        raise AdapterError(f"which version of {domain!r}? Give domain@version, see adapters list")
+        known = ", ".join(f"{domain}@{name}" for name in versions(store, domain))
+        raise AdapterError(f"which version of {domain!r}? Give one of: {known or 'none is there'}")
     put_into_use(store, domain, version)
     typer.echo(f"{domain}: {version} is active")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,7 +21,7 @@ def command(
     base: options.Base = None,
     data: options.Data = None,
     store: options.Store = Path("adapters"),
-    part: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    part: Annotated[Literal["train", "valid", "test"], typer.Option(help="Its slates.")] = "test",
     limit: Annotated[int | None, typer.Option(help="Only the first so many slates.", min=1)] = None,
     metrics: Annotated[str | None, typer.Option(help="ndcg@10,mrr,hit@1,auc,...")] = None,
     baselines: Annotated[
@@ -35,14 +35,15 @@ def command(
     from rich.console import Console
 
     from peftrank import evaluation
-    from peftrank.cli.settings import ranker_for, settings_of
+    from peftrank.cli.settings import find_adapter, ranker_for, settings_of, slates_of
     from peftrank.evaluation import report as reports
     from peftrank.files import write_bytes
     from peftrank.training.data import read_part
     from peftrank.training.run import prompt_arguments
 
     settings = settings_of(domain=domain, config=config, base=base, data=data, set_=set_)
-    slates = read_part(settings.data, settings.domain, part)[:limit]
+    folder = None if adapter == "none" else find_adapter(adapter, settings, store)
+    slates = slates_of(settings, part)[:limit]
     train = read_part(settings.data, settings.domain, "train")
     measured = metrics.split(",") if metrics else settings.evaluation.metrics
     wanted = settings.evaluation.baselines
@@ -58,8 +59,8 @@ def command(
         metrics=measured,
         seed=settings.seed,
     )
-    if adapter != "none":
-        name = ranker.load_adapter(adapter or settings.domain, domain=settings.domain)
+    if folder is not None:
+        name = ranker.load_adapter(folder, domain=settings.domain)
         rows.append(
             evaluation.evaluate(ranker, slates, domain=name, metrics=measured, name="adapter")
         )

@@ -13,6 +13,7 @@ from peftrank.cli import options
 if TYPE_CHECKING:
     from peftrank.config import Config
     from peftrank.ranker import Ranker
+    from peftrank.types import RankedList, Slate
 
 
 def command(
@@ -37,34 +38,36 @@ def command(
     set_: options.Set = None,
 ) -> None:
     """Rank the candidates of slates with a domain's adapter."""
-    from peftrank.cli.settings import ranker_for, settings_of
+    from peftrank.cli.settings import settings_of, slate_at
     from peftrank.errors import ConfigError
-
-    if (input_ is None) == (index is None):
-        raise ConfigError("give --input FILE and --output FILE, or --index N to look at one slate")
-    settings = settings_of(domain=domain, config=config, base=base, data=data, set_=set_)
-    ranker = ranker_for(settings, store)
-    name = ranker.load_adapter(adapter or settings.domain, domain=settings.domain)
-    if index is not None:
-        _show(ranker, settings, name, index, k)
-        return
     from peftrank.formats.slates import read_slates, write_rankings
 
-    if input_ is None or output is None:
-        raise ConfigError("--input needs --output FILE (.jsonl or .run)")
-    slates = read_slates(input_, items=settings.data.items)
-    count = write_rankings(output, ranker.rank_stream(slates, domain=name, k=k))
-    typer.echo(json.dumps({"slates": count, "output": str(output)}))
+    settings = settings_of(domain=domain, config=config, base=base, data=data, set_=set_)
+    if input_ is not None and output is not None and index is None:
+        ranker, name = _loaded(settings, adapter, store)
+        slates = read_slates(input_, items=settings.data.items)
+        count = write_rankings(output, ranker.rank_stream(slates, domain=name, k=k))
+        typer.echo(json.dumps({"slates": count, "output": str(output)}))
+    elif index is not None and input_ is None and output is None:
+        slate = slate_at(settings, "test", index)
+        ranker, name = _loaded(settings, adapter, store)
+        _show(slate, ranker.rank(slate, domain=name, k=k), settings)
+    else:
+        raise ConfigError("give --input FILE and --output FILE, or --index N to look at one slate")
 
 
-def _show(ranker: Ranker, settings: Config, domain: str, index: int, k: int | None) -> None:
+def _loaded(settings: Config, adapter: str | None, store: Path) -> tuple[Ranker, str]:
+    from peftrank.cli.settings import find_adapter, ranker_for
+
+    folder = find_adapter(adapter, settings, store)
+    ranker = ranker_for(settings, store)
+    return ranker, ranker.load_adapter(folder, domain=settings.domain)
+
+
+def _show(slate: Slate, ranked: RankedList, settings: Config) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from peftrank.cli.settings import slate_at
-
-    slate = slate_at(settings, "test", index)
-    ranked = ranker.rank(slate, domain=domain, k=k)
     items = {item.item_id: item for item in slate.candidates}
     labels = dict(zip(items, slate.labels or (), strict=bool(slate.labels)))
     console = Console()

@@ -42,6 +42,23 @@ def settings_of(
     return load_config(config, domain=domain, method=method, overrides=overrides)
 
 
+def slates_of(settings: Config, part: str) -> list[Slate]:
+    """Returns a part's slates.
+
+    Raises:
+        ConfigError: the part is not configured.
+        DataError: a slate is malformed, or there is none.
+    """
+    from peftrank.errors import DataError
+    from peftrank.training.data import part_path, read_part
+
+    slates = read_part(settings.data, settings.domain, part)
+    if not slates:
+        path = part_path(settings.data, settings.domain, part)
+        raise DataError(f"no slate here; expected the {part} slates, one a line", path=path)
+    return slates
+
+
 def slate_at(settings: Config, part: str, index: int) -> Slate:
     """Returns one slate of a part.
 
@@ -49,12 +66,26 @@ def slate_at(settings: Config, part: str, index: int) -> Slate:
         ConfigError: the part has fewer slates.
     """
     from peftrank.errors import ConfigError
-    from peftrank.training.data import read_part
 
-    slates = read_part(settings.data, settings.domain, part)
+    slates = slates_of(settings, part)
     if index >= len(slates):
         raise ConfigError(f"--index {index}: the {part} part has {len(slates)} slates (from 0)")
     return slates[index]
+
+
+def find_adapter(source: str | None, settings: Config, store: Path) -> Path:
+    """Returns the folder of the adapter, checked; absent: the domain's active one.
+
+    Commands call it before they load the base, which takes longer.
+
+    Raises:
+        AdapterError: there is none, or it is damaged.
+    """
+    from peftrank.store import resolve, verify
+
+    folder = resolve(source or settings.domain, store)
+    verify(folder)
+    return folder
 
 
 def ranker_for(settings: Config, store: Path) -> Ranker:

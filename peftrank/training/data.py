@@ -52,6 +52,12 @@ def folder_data(folder: Path) -> DataConfig:
         for path in (folder / f"{part}.jsonl", folder / f"{part}.parquet")
         if path.is_file()
     }
+    if not folder.is_dir():
+        kind = "a file" if folder.exists() else "not there"
+        raise ConfigError(
+            f"--data {folder} is {kind}; expected a folder with train, valid and test files. "
+            "For single files: --set data.test=FILE"
+        )
     if not found:
         raise ConfigError(
             f"--data {folder}: no train, valid or test file (.jsonl or .parquet) in this folder. "
