@@ -26,18 +26,19 @@ def show(
     set_: options.Set = None,
 ) -> None:
     """Print the prompt tree of one slate with its token counts."""
-    from peftrank.base import load_base
+    from peftrank.base import load_tokenizer
     from peftrank.cli.settings import settings_of, slate_at
     from peftrank.plugins import load
     from peftrank.prompts import PromptTemplate, render
 
     settings = settings_of(domain=domain, config=config, base=base, data=data, set_=set_)
-    base_model = load_base(settings.base.name, quantization="none", revision=settings.base.revision)
+    slate = slate_at(settings, "test", index)
+    tokenizer, max_depth = load_tokenizer(settings.base.name, revision=settings.base.revision)
     template = PromptTemplate(
-        base_model.tokenizer,
+        tokenizer,
         **settings.prompt.model_dump(exclude={"template"}),
         parts=settings.prompt.template.model_dump(),
         turn=load("readouts", settings.readout.name).turn,
-        max_depth=base_model.max_depth,
+        max_depth=max_depth,
     )
-    typer.echo(render(template, slate_at(settings, "test", index)))
+    typer.echo(render(template, slate))
