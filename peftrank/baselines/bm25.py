@@ -19,8 +19,11 @@ def bm25(slates: Sequence[Slate], *, train: Sequence[Slate], seed: int) -> list[
     bm25s = _bm25s()
     items = {item.item_id: item for s in (*train, *slates) for item in (*s.history, *s.candidates)}
     places = {item_id: i for i, item_id in enumerate(items)}
+    texts = _tokens(bm25s, [_text(item) for item in items.values()])
+    if not any(texts):
+        return [(0.0,) * len(slate.candidates) for slate in slates]
     index = bm25s.BM25()
-    index.index(_tokens(bm25s, [_text(item) for item in items.values()]), show_progress=False)
+    index.index(texts, show_progress=False)
     scores = []
     for slate in slates:
         query = _tokens(bm25s, [" ".join(map(_text, slate.history))])[0]
