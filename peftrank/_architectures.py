@@ -7,13 +7,15 @@ were checked against its ordinary forward (tests/test_base.py does so for each).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
 
 from peftrank.errors import BaseModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 DECODERS = ("gemma", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 ENCODERS = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
@@ -62,9 +64,12 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
     return cast(nn.ModuleList, (inner.transformer if kind == "distilbert" else inner.encoder).layer)
 
 
-def max_depth(config: PretrainedConfig) -> int:
-    """Returns the number of positions a model was made for, counted from 0."""
-    values = config.to_dict()
+def max_depth(values: Mapping[str, Any]) -> int:
+    """Returns the number of positions a model was made for, counted from 0.
+
+    Args:
+        values: The model's config, as `PretrainedConfig.to_dict` gives it, defaults included.
+    """
     depth = int(values["max_position_embeddings"])
     if values["model_type"] in _ROBERTA:
         return depth - int(values["pad_token_id"]) - 1

@@ -19,22 +19,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from peftrank.errors import BaseModelError, ConfigError
 from peftrank.files import publish_folder, temporary_folder
 from peftrank.plugins import did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _TABLE = Path(__file__).with_name("bases.yaml")
 _CACHE_VARIABLE = "PEFTRANK_CACHE"
@@ -282,6 +280,7 @@ def _converted(source: Path, key: str, model_id: str, root: Path) -> Checkpoint:
 def _convert(source: Path, target: Path, model_id: str) -> None:
     """Writes a GGUF file's model and tokenizer as float32 safetensors, and checks a reload."""
     from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
 
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError(f'reading {source.name} needs gguf: pip install "peftrank[gguf]".')
@@ -319,6 +318,8 @@ def _restore_digits(tokenizer: PreTrainedTokenizerBase, source: Path) -> None:
 
 
 def _check_reload(model: torch.nn.Module, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
     again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     tokens = torch.arange(1, 9).unsqueeze(0)
     with torch.no_grad():

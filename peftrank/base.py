@@ -15,18 +15,11 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from peftrank import _checkpoints
 from peftrank._architectures import (
@@ -40,6 +33,9 @@ from peftrank._architectures import (
 )
 from peftrank._checkpoints import Checkpoint
 from peftrank.errors import BaseModelError, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
 _COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -195,6 +191,22 @@ def load_base(
     return _wrap(model, tokenizer, identity, dtype)
 
 
+def load_tokenizer(
+    name: str = "smollm2-135m", *, revision: str | None = None, cache_dir: Path | None = None
+) -> tuple[PreTrainedTokenizerBase, int]:
+    """Returns a base's tokenizer and `max_depth` without loading its weights; see `load_base`.
+
+    Raises:
+        BaseModelError: the base cannot be found, or is of a kind that is not supported.
+    """
+    with _checkpoints.quiet_loading():
+        folder = _checkpoints.find_checkpoint(name, revision, cache_dir).folder
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
+        check_architecture(name, config)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return cast("PreTrainedTokenizerBase", tokenizer), max_depth(config)
+
+
 def base_from_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str
 ) -> Base:
@@ -269,7 +281,7 @@ def _wrap(
         is_decoder=identity.architecture in DECODERS,
         hidden_size=model.config.hidden_size,
         num_layers=model.config.num_hidden_layers,
-        max_depth=max_depth(model.config),
+        max_depth=max_depth(model.config.to_dict()),
         pad_token_id=next(i for i in ids if i is not None),
         compute_dtype=dtype,
         _own_tensors=frozenset(_tensors(model)),
@@ -283,6 +295,8 @@ def _load_model(
     device: torch.device,
     settings: BitsAndBytesConfig | None,
 ) -> PreTrainedModel:
+    from transformers import AutoModel, AutoModelForCausalLM
+
     factory = AutoModelForCausalLM if kind in DECODERS else AutoModel
     # An unused pooler would be given an adapter that never gets a gradient.
     extra: dict[str, Any] = {"add_pooling_layer": False} if kind in POOLED else {}
@@ -307,7 +321,7 @@ def _load_model(
             f"the weights in {folder} lack {len(report['missing_keys'])} tensors ({missing}, ...), "
             "which would be random. Get a complete checkpoint."
         )
-    return cast(PreTrainedModel, model)
+    return cast("PreTrainedModel", model)
 
 
 def _load_quantized(
@@ -348,6 +362,8 @@ def _keep_weights_unpacked(model: nn.Module) -> None:
 def _quantization_config(
     quantization: str, double_quant: bool, dtype: torch.dtype
 ) -> BitsAndBytesConfig | None:
+    from transformers import BitsAndBytesConfig
+
     # Token readouts read rows of the vocabulary head, so it stays as it is.
     if quantization == "none":
         return None

@@ -174,6 +174,7 @@ def load_config(
     domain: str | None = None,
     method: str | None = None,
     overrides: Mapping[str, Any] | None = None,
+    check_options: bool = True,
 ) -> Config:
     """Returns the configuration of a file or of a shipped domain, with overrides applied.
 
@@ -183,6 +184,8 @@ def load_config(
         method: Another method than the file's. It keeps those of the file's options that it has
             too (targets, layers, ...) and the defaults of the others.
         overrides: `{"training.epochs": 1}`; `parse_overrides` makes it from the command line's.
+        check_options: Whether the method's, readout's and loss's own options are checked too,
+            which imports them, and so PEFT.
 
     Raises:
         ConfigError: unknown domain or key, a value out of range, or unreadable YAML.
@@ -200,10 +203,8 @@ def load_config(
         config = Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error, source, overrides or {})) from None
-    given = {"methods": ("total_steps",), "readouts": ("feature_names",), "losses": ()}
-    sections = {"methods": config.method, "readouts": config.readout, "losses": config.loss}
-    for kind, section in sections.items():
-        plugins.check_options(kind, section.name, section.options, given[kind])
+    if check_options:
+        _check_options(config)
     return config
 
 
@@ -267,6 +268,13 @@ def _yaml_reason(error: yaml.YAMLError) -> tuple[int, str]:
         return 1, str(error).partition("\n")[0]  # a character that no YAML may hold
     tab = "; indent with spaces, not tabs" if "'\\t'" in str(error.problem) else ""
     return error.problem_mark.line + 1, f"{error.problem}{tab}"
+
+
+def _check_options(config: Config) -> None:
+    given = {"methods": ("total_steps",), "readouts": ("feature_names",), "losses": ()}
+    sections = {"methods": config.method, "readouts": config.readout, "losses": config.loss}
+    for kind, section in sections.items():
+        plugins.check_options(kind, section.name, section.options, given[kind])
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401

@@ -31,7 +31,9 @@ def show(
     from peftrank.plugins import load
     from peftrank.prompts import PromptTemplate, render
 
-    settings = settings_of(domain=domain, config=config, base=base, data=data, set_=set_)
+    settings = settings_of(
+        domain=domain, config=config, base=base, data=data, set_=set_, check_options=False
+    )
     slate = slate_at(settings, "test", index)
     tokenizer, max_depth = load_tokenizer(settings.base.name, revision=settings.base.revision)
     template = PromptTemplate(

@@ -19,8 +19,9 @@ def settings_of(
     base: str | None = None,
     data: Path | None = None,
     set_: list[str] | None = None,
+    check_options: bool = True,
 ) -> Config:
-    """Returns the configuration that the options describe.
+    """Returns the configuration that the options describe; see `load_config`.
 
     Raises:
         ConfigError: neither a domain nor a file, or anything wrong with them.
@@ -39,7 +40,9 @@ def settings_of(
     if data is not None:
         overrides["data"] = folder_data(data).model_dump(mode="json", exclude_none=True)
     overrides |= parse_overrides(set_ or [])
-    return load_config(config, domain=domain, method=method, overrides=overrides)
+    return load_config(
+        config, domain=domain, method=method, overrides=overrides, check_options=check_options
+    )
 
 
 def slates_of(settings: Config, part: str) -> list[Slate]:
