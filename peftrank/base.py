@@ -273,6 +273,7 @@ def _wrap(
 ) -> Base:
     model.requires_grad_(False)
     model.eval()
+    _remove_dropout(model)
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return Base(
         model=model,
@@ -286,6 +287,19 @@ def _wrap(
         compute_dtype=dtype,
         _own_tensors=frozenset(_tensors(model)),
     )
+
+
+def _remove_dropout(model: nn.Module) -> None:
+    """Switches the base's own dropout off for good, also in train mode; adapters have their own.
+
+    Noise in frozen layers would make gradients depend on how slates are packed into rows, and
+    attention dropout forces the unfused kernel, several times slower.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]  # a plain number in Llama's
 
 
 def _load_model(

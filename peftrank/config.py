@@ -136,6 +136,7 @@ class TrainingConfig(_Section):
     patience: int = Field(5, ge=1)
     """Stop after this many evaluations without a better nDCG@10."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Accelerate's. auto: nothing beside what the base's own compute_dtype asks for."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
 

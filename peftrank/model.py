@@ -5,6 +5,7 @@ It knows neither adapters (they live inside or around the base) nor losses.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -28,8 +29,12 @@ class RankingModel(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Returns scores (S, N) in float32, 0 at padding."""
         mask = attention_mask(batch, causal=self.base.is_decoder, dtype=self.base.compute_dtype)
-        states = self.base.hidden_states(batch.input_ids, mask, batch.position_ids)
-        with torch.autocast(states.device.type, enabled=False):  # scores are float32 everywhere
+        device, dtype = mask.device.type, self.base.compute_dtype
+        # An adapter's weights are float32; in a bfloat16 base its products are computed as such.
+        half = torch.autocast(device, dtype) if dtype == torch.bfloat16 else nullcontext()
+        with half:
+            states = self.base.hidden_states(batch.input_ids, mask, batch.position_ids)
+        with torch.autocast(device, enabled=False):  # scores are float32 everywhere
             scores: Tensor = self.readout(states, batch)
         return scores
 

@@ -132,8 +132,6 @@ def tiny_encoder(bert_tokenizer):
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=512,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
         pad_token_id=bert_tokenizer.pad_token_id,
         attn_implementation="sdpa",
     )

@@ -120,6 +120,17 @@ def test_a_base_is_frozen_and_in_eval_mode(tiny_decoder, tiny_encoder):
         assert not any(p.requires_grad for p in base.model.parameters())
 
 
+def test_a_base_has_no_dropout_even_in_train_mode(tiny_encoder):
+    model = tiny_encoder.model
+    assert model.config.hidden_dropout_prob > 0  # its checkpoint was trained with some
+    inputs = _inputs(tiny_encoder)
+    model.train()
+    first, second = (tiny_encoder.hidden_states(*inputs) for _ in range(2))
+    model.eval()
+    assert torch.equal(first, second)
+    assert torch.equal(first, tiny_encoder.hidden_states(*inputs))
+
+
 def test_the_depth_limit_leaves_out_positions_roberta_reserves(tokenizer, bert_tokenizer):
     roberta = base_from_model(_tiny("roberta", 200), bert_tokenizer, name="r")
     assert roberta.max_depth == 64 - 2

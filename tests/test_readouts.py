@@ -89,6 +89,23 @@ def test_score_head_standardises_with_the_training_statistics(tiny_encoder):
     assert head.feature_std[1] == 1.0  # a constant feature is not divided by zero
 
 
+@pytest.mark.parametrize("mode", ["isolated", "joint"])
+def test_a_matching_score_head_reads_the_trunk_and_ignores_other_slates(
+    mode, tiny_decoder, make_slate
+):
+    head = built(ScoreHead, tiny_decoder, match=True, width=8)
+    template = PromptTemplate(tiny_decoder.tokenizer, parts=PARTS, mode=mode)
+    slates = [make_slate(n_candidates=3, seed=1), make_slate(n_candidates=5, seed=2)]
+    together = head(*states_and_batch(tiny_decoder, template, slates))
+    for s, slate in enumerate(slates):
+        states, batch = states_and_batch(tiny_decoder, template, [slate])
+        alone = head(states, batch)
+        assert torch.allclose(together[s, : len(slate.candidates)], alone[0], atol=1e-5)
+        trunk = int(batch.before[0, 0])
+        states[0, trunk] += torch.linspace(-1, 1, states.shape[-1])
+        assert not torch.allclose(head(states, batch), alone, atol=1e-3)
+
+
 def test_a_missing_feature_has_a_learned_value(tiny_encoder, make_slate):
     head = built(ScoreHead, tiny_encoder, feature_names=("a", "b"))
     template = PromptTemplate(tiny_encoder.tokenizer, parts=PARTS)

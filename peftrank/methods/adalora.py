@@ -29,8 +29,9 @@ _IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 class Adalora:
     """AdaLoRA. The model starts as the base exactly: the singular values start at zero."""
 
-    learning_rate: ClassVar[float] = 2e-3
-    """Default peak learning rate of the adapter's weights."""
+    learning_rate: ClassVar[float] = 5e-3
+    """Default peak learning rate of the adapter's weights: larger than LoRA's, because an update
+    is a product of three small factors."""
 
     def __init__(
         self,
@@ -38,7 +39,7 @@ class Adalora:
         total_steps: int,
         init_r: int = 12,
         target_r: int = 8,
-        alpha: float = 16,
+        alpha: float = 256,
         dropout: float = 0.0,
         targets: str = "all-linear",
         layers: str = "all",

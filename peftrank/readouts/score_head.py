@@ -26,11 +26,18 @@ class ScoreHead(nn.Module):
     feature_std: Tensor
 
     def __init__(
-        self, hidden_size: int, n_features: int, width: int, feature_width: int, text_width: int
+        self,
+        hidden_size: int,
+        n_features: int,
+        width: int,
+        match: bool,
+        feature_width: int,
+        text_width: int,
     ):
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size)
-        self.text = _network(hidden_size, width)
+        self.match = match
+        self.text = _network(hidden_size * (3 if match else 1), width)
         self.n_features = n_features
         if n_features:
             self.register_buffer("feature_mean", torch.zeros(n_features))
@@ -54,6 +61,7 @@ class ScoreHead(nn.Module):
         *,
         feature_names: Sequence[str] = (),
         width: int = 0,
+        match: bool = False,
         feature_width: int = 64,
         text_width: int = 16,
     ) -> ScoreHead:
@@ -65,6 +73,9 @@ class ScoreHead(nn.Module):
             lm_head: Unused; encoders have none.
             feature_names: Features in the order of `Batch.features`.
             width: Hidden units on the text; 0 = a linear map.
+            match: Read, beside the candidate's state, the state at the end of the trunk (what the
+                model made of the user) and their product. Helps encoders, whose states were
+                trained to be compared.
             feature_width: Hidden units of the feature network.
             text_width: Text dimensions the feature network sees.
 
@@ -74,7 +85,7 @@ class ScoreHead(nn.Module):
         for key, value in (("width", width), ("feature_width", feature_width - 1)):
             if value < 0:
                 raise ConfigError(f"readout.{key} is too small")
-        return cls(hidden_size, len(feature_names), width, feature_width, text_width)
+        return cls(hidden_size, len(feature_names), width, match, feature_width, text_width)
 
     def fit_features(self, features: Tensor) -> None:
         """Sets the standardisation from features (M, F) of the training part, NaN = missing."""
@@ -88,10 +99,15 @@ class ScoreHead(nn.Module):
 
     def forward(self, states: Tensor, batch: Batch) -> Tensor:
         """Returns scores (S, N) from states (R, T, H)."""
-        states = self.norm(states[batch.row, batch.end].float())  # (S, N, H)
-        scores = self.text(states).squeeze(-1)
+        candidates = self.norm(states[batch.row, batch.end].float())  # (S, N, H)
+        text = candidates
+        if self.match:
+            # The first candidate hangs from the trunk in every mode.
+            trunk = self.norm(states[batch.row[:, :1], batch.before[:, :1]].float())  # (S, 1, H)
+            text = torch.cat([candidates, trunk.expand_as(candidates), candidates * trunk], dim=-1)
+        scores = self.text(text).squeeze(-1)
         if self.n_features:
-            scores = scores + self._feature_scores(states, batch)
+            scores = scores + self._feature_scores(candidates, batch)
         masked: Tensor = scores.masked_fill(~batch.mask, 0.0)
         return masked
 
