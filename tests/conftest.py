@@ -5,6 +5,7 @@ Tiny bases are made anew for every test, because PEFT changes a model in place.
 
 import os
 import random
+from types import SimpleNamespace
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -89,13 +90,9 @@ def bert_tokenizer():
     )
 
 
-@pytest.fixture
-def tiny_decoder(tokenizer):
-    """A Base around a random 2-layer Llama (hidden 32, 4 heads, 2 key-value heads, float32)."""
+def _random_llama(tokenizer, seed=0):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    from peftrank.base import base_from_model
 
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -112,9 +109,16 @@ def tiny_decoder(tokenizer):
         attn_implementation="sdpa",
     )
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    return base_from_model(model, tokenizer, name="tiny-decoder")
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def tiny_decoder(tokenizer):
+    """A Base around a random 2-layer Llama (hidden 32, 4 heads, 2 key-value heads, float32)."""
+    from peftrank.base import base_from_model
+
+    return base_from_model(_random_llama(tokenizer), tokenizer, name="tiny-decoder")
 
 
 @pytest.fixture
@@ -199,3 +203,53 @@ def minilm():
     from peftrank.base import load_base
 
     return load_base("minilm-l6", quantization="none", device="cpu")
+
+
+@pytest.fixture
+def cli(capsys):
+    """Returns a function that runs `peftrank ARGUMENTS` in this process."""
+    from peftrank.cli import main
+
+    def run(*arguments):
+        capsys.readouterr()
+        try:
+            main([str(argument) for argument in arguments])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def workplace(tokenizer, make_slate, tmp_path_factory):
+    """A folder with two saved bases, `data/` with slates and `store/` with news@0001 and 0002.
+
+    Shared: tests that change any of it copy it first.
+    """
+    from peftrank.config import load_config
+    from peftrank.formats.slates import write_slates
+    from peftrank.training import train
+
+    folder = tmp_path_factory.mktemp("workplace")
+    for name, seed in (("base", 0), ("other-base", 1)):
+        _random_llama(tokenizer, seed).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    for part, count in (("train", 6), ("valid", 3), ("test", 3)):
+        made = [
+            make_slate(seed=100 * count + i, user_id=f"u{i % 2}", slate_id=f"{part}-{i}")
+            for i in range(count)
+        ]
+        write_slates(folder / "data" / f"{part}.jsonl", made)
+    settings = {
+        "base": {"name": str(folder / "base"), "quantization": "none"},
+        "method.layers": "all",
+        "training.max_steps": 1,
+        "data": {part: folder / "data" / f"{part}.jsonl" for part in ("train", "valid", "test")},
+    }
+    for seed in (0, 1):
+        config = load_config(domain="news", method="lora", overrides={**settings, "seed": seed})
+        train(config, output=folder / "store", progress=False)
+    return folder

@@ -17,7 +17,7 @@ METHODS = {
     "lora": ("lora", {"r": 4}),
     "rslora": ("lora", {"r": 4, "rslora": True}),
     "dora": ("lora", {"r": 4, "dora": True}),
-    "adalora": ("adalora", {"init_r": 6, "target_r": 3}),
+    "adalora": ("adalora", {"init_r": 6, "target_r": 3, "alpha": 16}),
     "pfeiffer": ("adapter", {"kind": "pfeiffer"}),
     "houlsby": ("adapter", {"kind": "houlsby"}),
     "parallel": ("adapter", {"kind": "parallel"}),

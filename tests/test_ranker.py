@@ -20,7 +20,7 @@ from peftrank.types import Item, RankedList, Slate
 PARTS = {"history": "- {{ title }}\n", "candidate": "{{ title }}"}
 METHODS = {
     "news": ("lora", {"r": 4}),
-    "video": ("adalora", {"init_r": 6, "target_r": 3}),
+    "video": ("adalora", {"init_r": 6, "target_r": 3, "alpha": 16}),
     "social": ("adapter", {}),
 }
 

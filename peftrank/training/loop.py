@@ -2,7 +2,8 @@
 
 Only adapter and readout weights change. Gradients are those of the whole batch, however it is cut
 into forward passes or spread over processes: losses are per slate and are divided by the batch's
-number of slates. A run continues exactly from its checkpoints.
+number of slates. A run continues exactly from its checkpoints; with dropout in several processes,
+up to the masks.
 """
 
 from __future__ import annotations
@@ -114,7 +115,9 @@ def _steps(run: Run, bar: Progress, stopping: threading.Event) -> None:
         bar.update(run.step, values)
         if run.stale >= training.patience:
             return
-        if stopping.is_set() and not last:
+        if stopping.is_set():
+            run.accelerator.set_trigger()  # processes get the signal at different steps
+        if run.accelerator.check_trigger() and not last:
             raise Interrupted(
                 f"stopped after step {run.step} of {run.total_steps}. "
                 f"Continue with: peftrank train --resume {shlex.quote(str(checkpoint.save(run)))}"
@@ -151,10 +154,12 @@ def _optimize(run: Run, slates: Sequence[Slate]) -> dict[str, float]:
 
 
 def _backward(run: Run, slates: Sequence[Slate]) -> float:
-    """Adds the batch's gradients, pass by pass, and returns its loss on this process."""
+    """Adds the batch's gradients, pass by pass, and returns its loss over all processes."""
     accelerator = run.accelerator
     mine = slates[accelerator.process_index :: accelerator.num_processes]
     scale = accelerator.num_processes / len(slates)  # gradients are averaged over processes
+    if not mine:  # the other processes wait for this one's gradients
+        mine, scale = slates[:1], 0.0
     run.model.train()
     parts = list(passes(run, mine))
     loss = 0.0
@@ -168,7 +173,7 @@ def _backward(run: Run, slates: Sequence[Slate]) -> float:
             loss += float(value.detach())
             penalty = run.method.penalty(run.adapted) if last else None
             accelerator.backward(value if penalty is None else value + penalty)
-    return loss
+    return float(accelerator.reduce(torch.tensor(loss, device=accelerator.device), "mean"))
 
 
 def _evaluate(run: Run) -> float:
@@ -189,7 +194,7 @@ def _valid_ndcg(run: Run) -> float:
     run.model.eval()
     with torch.no_grad():
         for part, batch in passes(run, mine):
-            rows = run.model(batch).tolist()
+            rows = run.ranking(batch).tolist()
             scores = [row[: len(s.candidates)] for row, s in zip(rows, part, strict=True)]
             values += per_slate(SELECT_BY, part, scores).tolist()
     return float(np.nanmean(gather_object(values)))

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from peftrank import __version__
 from peftrank.card import adapter_card
@@ -29,9 +30,16 @@ _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 def publish(run: Run, output: Path, metrics: dict[str, float]) -> Path:
     """Saves, checks and activates the run's adapter; returns its folder. Unloads it from the base.
 
+    Of several processes the main one does it.
+
     Raises:
         AdapterError: the disk refuses, or the saved adapter does not give the scores it gave.
     """
+    path = _publish(run, output, metrics) if run.accelerator.is_main_process else None
+    return cast(Path, broadcast_object_list([path])[0])
+
+
+def _publish(run: Run, output: Path, metrics: dict[str, float]) -> Path:
     config, tensors = run.method.export(run.adapted)
     # PEFT notes where the weights lay on this machine; others need the model's public name.
     config.base_model_name_or_path = run.base.identity.model_id
@@ -58,7 +66,7 @@ def _scores(run: Run, slates: list[Slate]) -> list[torch.Tensor]:
     found = {}  # by id(): slate ids need not be unique
     with torch.no_grad():
         for part, batch in passes(run, slates):
-            scores = run.model(batch).float().cpu()
+            scores = run.ranking(batch).float().cpu()
             for row, slate in zip(scores, part, strict=True):
                 found[id(slate)] = row[: len(slate.candidates)]
     return [found[id(slate)] for slate in slates]

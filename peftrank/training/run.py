@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from peftrank import plugins
@@ -66,6 +67,11 @@ class Run:
     """What was logged, one row per step."""
 
     trees: dict[int, PromptTree] = field(default_factory=dict)
+
+    @property
+    def ranking(self) -> nn.Module:
+        """The RankingModel itself, for passes that other processes need not take part in."""
+        return cast(nn.Module, self.accelerator.unwrap_model(self.model))
 
     def tree(self, slate: Slate) -> PromptTree:
         """Returns the prompt tree of a slate of `train` or `valid`, made once in a run."""
@@ -143,7 +149,7 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
         features=features,
         total_steps=total_steps,
         learning_rate=learning_rate,
-        folder=folder,
+        folder=broadcast_object_list([folder])[0],  # each process made a name
     )
 
 
@@ -275,5 +281,4 @@ def _parameter_groups(
 
 def parameter_names(run: Run) -> dict[Tensor, str]:
     """Returns the name of every parameter that trains."""
-    model = run.accelerator.unwrap_model(run.model)
-    return {p: name for name, p in model.named_parameters() if p.requires_grad}
+    return {p: name for name, p in run.ranking.named_parameters() if p.requires_grad}
