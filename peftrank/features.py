@@ -2,14 +2,15 @@
 
 With times, a slate sees what happened strictly before it. Without, it sees the whole training
 part except its own user: exact removal for counts, cross-fitting over user folds for the
-embedding. So a candidate that only this user ever met looks like one nobody met.
+embedding. So a candidate that only this user ever met looks like one nobody met. What a model is
+to learn from, `prepare` takes from sources without whole folds of users (`Source.without`).
 This file reads no raw file and makes no list; `_counting.py` has the counts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -75,6 +76,17 @@ class Source:
     """Where items are people: (I,) the user that each item is, -1 = none. For friends."""
     timed: bool = False
     """Count what happened before the slate; else the training part without the slate's user."""
+
+    def without(self, users: np.ndarray) -> Source:
+        """Returns the source less what some users did; `users` is (U,) bool, True = left out."""
+        train, shown = self.train, self.shown
+        keep = ~np.repeat(users, np.diff(train.start))
+        start = np.concatenate((np.zeros(1, np.int64), np.cumsum(keep)))[train.start]
+        kept = Sequences(start, train.item[keep], train.time[keep], train.value[keep])
+        if shown is not None:
+            rows = ~users[shown.user]
+            shown = Shown(shown.user[rows], shown.item[rows], shown.time[rows], shown.clicked[rows])
+        return replace(self, train=kept, shown=shown)
 
 
 def compute(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from peftrank import slates as make
-from peftrank._lists import PARTS, Ints, Lists, Sequences
+from peftrank._lists import PARTS, Floats, Ints, Lists, Sequences
 from peftrank._tables import Settings, Table
 from peftrank.errors import ConfigError, DataError
 from peftrank.features import GROUPS, Source, compute
@@ -24,6 +24,8 @@ from peftrank.files import write_bytes
 from peftrank.formats._log import Log
 from peftrank.formats.slates import write_items, write_slates
 from peftrank.types import Item, Slate
+
+_FOLDS = 10
 
 
 def prepare(log: Log, output: Path, settings: Settings) -> dict[str, Any]:
@@ -53,14 +55,7 @@ def prepare(log: Log, output: Path, settings: Settings) -> dict[str, Any]:
         timed=timed,
     )
     retriever = table.retriever(lists) if "retriever" in settings.features else None
-    names, values = compute(
-        lists,
-        source,
-        settings.features,
-        retriever=retriever,
-        history_length=settings.history_length,
-        seed=settings.seed,
-    )
+    names, values = _features(lists, source, settings, retriever, table.rng(6))
     files = _write(log, lists, table.user_ids, names, values, output, settings)
     meta = _meta(log, lists, train, settings, table, names, values, timed, files, output)
     text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
@@ -92,6 +87,42 @@ def _timed(as_of: str, lists: Lists, train: Sequences) -> bool:
         raise ConfigError("--as-of time needs a time for every interaction and slate; use part")
     # A log of one moment has no "before".
     return as_of == "time" or (as_of == "auto" and known and len(np.unique(train.time)) > 1)
+
+
+def _features(
+    lists: Lists,
+    source: Source,
+    settings: Settings,
+    retriever: Floats | None,
+    rng: np.random.Generator,
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Returns column names and values (M, F); without times, training slates are cross-fitted.
+
+    A training slate then sees the training part less a whole fold of users, its own among them.
+    Less its own user alone, an item counts one less wherever it is relevant than where it is not,
+    and a model learns to read that instead of what the feature means.
+    """
+    group = np.full(len(lists), -1)
+    if not source.timed:
+        fold = rng.integers(_FOLDS, size=len(source.train.start) - 1)
+        group = np.where(lists.part == 0, fold[lists.user], -1)
+    of_candidate = np.repeat(group, np.diff(lists.candidate_start))
+    names: tuple[str, ...] = ()
+    found = {}
+    for number in np.unique(group):
+        rows = of_candidate == number
+        names, found[number] = compute(
+            make.select(lists, np.flatnonzero(group == number)),
+            source if number < 0 else source.without(fold == number),
+            settings.features,
+            retriever=None if retriever is None else retriever[rows],
+            history_length=settings.history_length,
+            seed=settings.seed,
+        )
+    values = np.empty((len(of_candidate), len(names)), np.float32)
+    for number, part in found.items():
+        values[of_candidate == number] = part
+    return names, values
 
 
 def _write(

@@ -106,6 +106,21 @@ def test_ratings_are_kept_as_feedback_and_mere_events_are_not(films, tmp_path):
         assert seen.history_feedback is None
 
 
+def test_a_count_does_not_tell_where_an_item_is_the_target(films, tmp_path):
+    rows = [f"{u}::{(u * u + 3 * step) % 16}::5::{step}" for u in range(150) for step in range(8)]
+    (films / "ratings.dat").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    options = ("--as-of", "part", "--split", "users", "--valid", 0, "--test", 0)
+    prepare(films, tmp_path / "a", *options, "--features", "popularity")
+    counts = {0.0: {}, 1.0: {}}
+    for slate in read_slates(tmp_path / "a" / "train.jsonl"):
+        for item, label in zip(slate.candidates, slate.labels, strict=True):
+            counts[label].setdefault(item.item_id, set()).add(item.features["popularity"])
+    both = counts[0.0].keys() & counts[1.0].keys()
+    assert len(both) > 2
+    # Less the slate's own user alone, every count of a target would lie below the others.
+    assert all(counts[0.0][i] & counts[1.0][i] for i in both)
+
+
 def test_negatives_and_scores_come_from_a_run(films, tmp_path):
     run_file = tmp_path / "bm25.run"
     rows = (f"{u} Q0 {i} {i + 1} {16 - i} bm25" for u in range(12) for i in range(16))
