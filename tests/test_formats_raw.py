@@ -593,6 +593,21 @@ def test_lists_become_impressions_with_one_user_each(tmp_path):
     ]
 
 
+def test_lists_that_go_on_with_the_preceding_one_are_of_its_user(tmp_path):
+    path = tmp_path / "train.json"
+    rows = [
+        ready("A::B", ("C", "D"), "D"),
+        ready("A::B::D", ("E", "F"), "E"),
+        ready("D::E", ("A", "G"), "G"),
+        ready("A::B", ("C", "D"), "C"),
+        ready("", ("C", "D"), "C"),
+        ready("X::C", ("E", "F"), "E"),
+    ]
+    path.write_text(json.dumps(rows))
+    users = [row.user_id for row in lists(path).impressions]
+    assert users == ["train-0", "train-0", "train-0", "train-3", "train-4", "train-5"]
+
+
 def test_lists_reject_bad_lists_with_line_and_reason(tmp_path):
     bad = [
         ready(items=("C", "D", "C")),

@@ -23,8 +23,10 @@ _Row = tuple[int, str, Any]
 def lists(path: Path, *, on_error: OnError = "raise", rejects: Rejects | None = None) -> Log:
     """Returns the lists as impressions, with label 1 for the selection and 0 for the others.
 
-    Each list has a user of its own (the data names none), named as the slate: file name and
-    0-based position. A user's interactions are the history, then the selection, without times.
+    The data names no user. A list whose history is the end of the preceding list's history and
+    selection goes on with that list's user; any other starts a new one, named as its slate: file
+    name and 0-based position. Parted from each other, such lists would tell each other's
+    selections. A user's interactions are the history, then the selection, without times.
 
     Args:
         path: A `.json` file, or a folder of them.
@@ -54,6 +56,8 @@ def lists(path: Path, *, on_error: OnError = "raise", rejects: Rejects | None = 
 
 
 def _read(path: Path, reject: Reject) -> Iterator[Impression]:
+    user = ""
+    met: tuple[str, ...] = ()
     for position, (line, text, value) in enumerate(_elements(path)):
         try:
             history, candidates, labels = _list(value)
@@ -61,7 +65,10 @@ def _read(path: Path, reject: Reject) -> Iterator[Impression]:
             reject(path, line, str(error), text)
             continue
         name = f"{path.stem}-{position}"
-        yield Impression(name, name, history, candidates, labels, None)
+        if not history or met[-len(history) :] != history:
+            user = name
+        met = (*history, *(c for c, label in zip(candidates, labels, strict=True) if label))
+        yield Impression(name, user, history, candidates, labels, None)
 
 
 def _elements(path: Path) -> Iterator[_Row]:
