@@ -27,7 +27,7 @@ register()
 class Adapter:
     """Bottleneck adapters. The model starts as the base exactly: the up-projection is zero."""
 
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 3e-3
     """Default peak learning rate of the adapter's weights."""
 
     def __init__(

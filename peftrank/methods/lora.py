@@ -22,7 +22,7 @@ from peftrank.methods._targets import check_layers, check_targets, linear_target
 class Lora:
     """LoRA. The model starts as the base exactly (with dora, to rounding): B starts at zero."""
 
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 2e-3
     """Default peak learning rate of the adapter's weights."""
 
     def __init__(

@@ -1,0 +1,150 @@
+"""Trains every method on the embedded sample of every domain and prints the table of the README.
+
+    python -m benchmarks.samples                       # all pairs, about 5 minutes each on 2 cores
+    python -m benchmarks.samples --domains news --methods lora,adalora
+    python -m benchmarks.samples --table               # only print what is measured already
+
+Each pair is measured on the sample's whole test part and on its lists of cold items (no relevant
+candidate occurs in training), beside the untrained base, popularity and the other baselines.
+Results are added to the JSON file one pair at a time, so a stopped run goes on where it was.
+`--ship adapters` puts the adapter of each domain's own method there: those are the shipped ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from peftrank import evaluation
+from peftrank.base import Base, load_base
+from peftrank.config import Config, load_config
+from peftrank.evaluation.report import as_json
+from peftrank.files import write_bytes
+from peftrank.ranker import Ranker
+from peftrank.training import train
+from peftrank.training.data import read_part
+from peftrank.training.run import prompt_arguments
+
+DOMAINS = ("news", "ecommerce", "video", "social")
+METHODS = ("lora", "adalora", "adapter")
+BASELINES = ("random", "popularity", "overlap", "popularity_overlap", "bm25", "zero_shot")
+METRIC = "ndcg@10"
+RESULTS = Path(__file__).parent / "results" / "samples.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--domains", default=",".join(DOMAINS))
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--store", type=Path, default=Path("build/samples"), help="for adapters")
+    parser.add_argument("--ship", type=Path, help="store for the domains' own methods")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    arguments = parser.parse_args()
+    results = _read(arguments.json)
+    if not arguments.table:
+        base: Base | None = None
+        for domain in arguments.domains.split(","):
+            for method in arguments.methods.split(","):
+                if method in results["domains"].get(domain, {}).get("methods", {}):
+                    continue
+                config = load_config(domain=domain, method=method)
+                base = base or load_base(config.base.name, quantization=config.base.quantization)
+                measured = results["domains"].setdefault(domain, {"methods": {}})
+                if "baselines" not in measured:
+                    measured["baselines"] = _baselines(config, base)
+                own = load_config(domain=domain).method.name == method
+                store = arguments.ship if own and arguments.ship else arguments.store
+                measured["methods"][method] = _pair(config, base, store)
+                _write(arguments.json, results)
+    print(table(results))
+
+
+def _baselines(config: Config, base: Base) -> list[dict[str, Any]]:
+    test, training = (read_part(config.data, config.domain, part) for part in ("test", "train"))
+    rows = evaluation.baseline_rows(
+        BASELINES,
+        test,
+        train=training,
+        base=base,
+        prompt=prompt_arguments(config),
+        metrics=[METRIC],
+        seed=config.seed,
+    )
+    return _groups(rows, evaluation.cold_slates(test, training))
+
+
+def _pair(config: Config, base: Base, store: Path) -> dict[str, Any]:
+    test, training = (read_part(config.data, config.domain, part) for part in ("test", "train"))
+    print(f"{config.domain} / {config.method.name}", flush=True)
+    started = time.perf_counter()
+    path = train(config, output=store, base=base, progress=True)
+    seconds = time.perf_counter() - started
+    manifest = json.loads((path / "peftrank.json").read_text(encoding="utf-8"))
+    with Ranker(base) as ranker:
+        name = ranker.load_adapter(path)
+        started = time.perf_counter()
+        row = evaluation.evaluate(ranker, test, domain=name, metrics=[METRIC], name="adapter")
+        ranking = time.perf_counter() - started
+    weights = [path / name for name in ("adapter_model.safetensors", "readout.safetensors")]
+    return {
+        "groups": _groups([row], evaluation.cold_slates(test, training)),
+        "steps": manifest["metrics"]["steps"],
+        "training_seconds": round(seconds, 1),
+        "test_slates_per_second": round(len(test) / ranking, 2),
+        "bytes": sum(file.stat().st_size for file in weights),
+        "config": config.model_dump(mode="json", exclude={"data", "evaluation"}),
+    }
+
+
+def _groups(rows: list[evaluation.Evaluation], cold: list[int]) -> list[dict[str, Any]]:
+    return [as_json("all", rows), as_json("cold", [row.only(cold) for row in rows])]
+
+
+def table(results: dict[str, Any]) -> str:
+    """Returns the results as a Markdown table."""
+    lines = [
+        f"nDCG@10 [95% interval] of {results['machine']}.",
+        "",
+        "| domain | ranking | all test lists | cold items only | training |",
+        "|---|---|---|---|---|",
+    ]
+    for domain, measured in results["domains"].items():
+        everything, cold = (group["rows"] for group in measured["baselines"])
+        for row, cold_row in zip(everything, cold, strict=True):
+            cells = (_cell(row), _cell(cold_row))
+            lines.append(f"| {domain} | {row['name']} | {cells[0]} | {cells[1]} | |")
+        for method, pair in measured["methods"].items():
+            cells = tuple(_cell(group["rows"][0]) for group in pair["groups"])
+            cost = f"{pair['steps']} steps, {pair['training_seconds'] / 60:.1f} min"
+            lines.append(f"| {domain} | **{method}** | {cells[0]} | {cells[1]} | {cost} |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    value = row["metrics"][METRIC]
+    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    packages = ("torch", "transformers", "peft", "bitsandbytes")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
+    return {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {versions}", "domains": {}}
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, json.dumps(results, indent=1).encode())
+
+
+if __name__ == "__main__":
+    main()
