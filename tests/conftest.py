@@ -225,7 +225,7 @@ def cli(capsys):
 
 @pytest.fixture(scope="session")
 def workplace(tokenizer, make_slate, tmp_path_factory):
-    """A folder with two saved bases, `data/` with slates and `store/` with news@0001 and 0002.
+    """A folder with two saved bases, `data/` with slates and `adapters/` with news@0001 and 0002.
 
     Shared: tests that change any of it copy it first.
     """
@@ -251,5 +251,5 @@ def workplace(tokenizer, make_slate, tmp_path_factory):
     }
     for seed in (0, 1):
         config = load_config(domain="news", method="lora", overrides={**settings, "seed": seed})
-        train(config, output=folder / "store", progress=False)
+        train(config, output=folder / "adapters", progress=False)
     return folder
