@@ -5,6 +5,7 @@ Tiny bases are made anew for every test, because PEFT changes a model in place.
 
 import os
 import random
+import shutil
 from types import SimpleNamespace
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -253,3 +254,19 @@ def workplace(tokenizer, make_slate, tmp_path_factory):
         config = load_config(domain="news", method="lora", overrides={**settings, "seed": seed})
         train(config, output=folder / "adapters", progress=False)
     return folder
+
+
+@pytest.fixture
+def place(workplace, tmp_path, monkeypatch):
+    """A copy of the workplace that may be changed, as the working directory."""
+    for name in ("data", "adapters"):
+        shutil.copytree(workplace / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def given(workplace):
+    """The options that name the tiny base and the data."""
+    base = ("--base", workplace / "base", "--set", "base.quantization=none")
+    return ("--domain", "news", *base, "--data", "data")

@@ -2,11 +2,10 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import resource
-import shutil
-import subprocess
-import sys
+import signal
 import tempfile
 from pathlib import Path
 
@@ -18,22 +17,6 @@ from peftrank.cli import main
 from peftrank.errors import AdapterError
 
 QUICK = ("--method", "lora", "--set", "method.layers=all", "--set", "training.max_steps=1")
-
-
-@pytest.fixture
-def place(workplace, tmp_path, monkeypatch):
-    """A copy of the workplace that may be changed, as the working directory."""
-    for name in ("data", "adapters"):
-        shutil.copytree(workplace / name, tmp_path / name)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def given(workplace):
-    """The options that name the tiny base and the data."""
-    base = ("--base", workplace / "base", "--set", "base.quantization=none")
-    return ("--domain", "news", *base, "--data", "data")
 
 
 @pytest.fixture
@@ -123,7 +106,9 @@ def test_a_line_that_is_no_slate_is_named(refused, given, line, message):
 
 
 def test_a_part_without_slates_is_named(refused, given):
-    Path("data/test.jsonl").write_text("\n")
+    for part in ("train", "test"):
+        Path(f"data/{part}.jsonl").write_text("\n")
+    assert "data/train.jsonl: no slate here" in refused("train", *given, *QUICK)
     assert "data/test.jsonl: no slate here" in refused("evaluate", *given)
     assert "data/test.jsonl: no slate here" in refused("prompt", "show", *given)
 
@@ -298,31 +283,26 @@ def test_a_file_in_place_of_a_folder_is_named(refused, given):
     assert "Not a directory" in said
 
 
-def _limited(size):
-    """In a child process: no file may grow beyond `size` bytes."""
-    import signal
-
+def save_with_small_files_only(answers):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    adapter = store.load_adapter(Path("adapters/news/0002"))
+    try:
+        answers.put(str(store.save_adapter(Path("adapters"), "news", adapter, card="")))
+    except AdapterError as error:
+        answers.put(str(error))
 
 
-def test_a_file_that_the_system_lets_grow_no_further_is_no_version(place, workplace):
+def test_a_file_that_the_system_lets_grow_no_further_is_no_version(place):
     # The kernel's own refusal in the middle of a file, not a simulated one.
-    code = (
-        "import sys; from pathlib import Path; from peftrank import store\n"
-        "files = store.load_adapter(Path('adapters/news/0002'))\n"
-        "try: store.save_adapter(Path('adapters'), 'news', files, card='x')\n"
-        "except store.AdapterError as error: print(error); sys.exit(error.exit_code)\n"
-    )
     before = contents(place)
-    done = subprocess.run(
-        [sys.executable, "-B", "-c", code],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: _limited(2000),
-    )
-    assert done.returncode == 2, done.stderr
-    assert "adapters/news: File too large" in done.stdout
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    process = context.Process(target=save_with_small_files_only, args=(answers,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert "adapters/news: File too large" in answers.get()
     assert contents(place) == before
 
 

@@ -13,22 +13,6 @@ from peftrank.formats.slates import read_run, read_slates
 METRICS = "ndcg@10,hit@1"
 
 
-@pytest.fixture
-def place(workplace, tmp_path, monkeypatch):
-    """A copy of the workplace that may be changed, as the working directory."""
-    for name in ("data", "adapters"):
-        shutil.copytree(workplace / name, tmp_path / name)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def given(workplace):
-    """The options that name the tiny base and the data."""
-    base = ("--base", workplace / "base", "--set", "base.quantization=none")
-    return ("--domain", "news", *base, "--data", "data")
-
-
 def train(cli, given, *more):
     quick = ("--method", "lora", "--set", "method.layers=all", "--set", "training.max_steps=1")
     return cli("train", *given, *quick, *more)

@@ -22,7 +22,7 @@ from peftrank.config import Config, TrainingConfig
 from peftrank.errors import ConfigError, DataError
 from peftrank.model import RankingModel, move
 from peftrank.prompts import PromptTemplate, feature_tensor, micro_batches, pack, token_count
-from peftrank.training.data import feature_names, read_part, steps_per_epoch
+from peftrank.training.data import feature_names, part_path, read_part, steps_per_epoch
 from peftrank.types import Batch, PromptTree, Slate
 
 
@@ -156,7 +156,8 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
 def _labelled_part(config: Config, part: str, limit: int | None = None) -> list[Slate]:
     slates = read_part(config.data, config.domain, part)[:limit]
     if not slates:
-        raise DataError(f"the {part} part of domain {config.domain!r} holds no slate")
+        path = part_path(config.data, config.domain, part)
+        raise DataError(f"no slate here; expected the {part} slates, one a line", path=path)
     for slate in slates:
         if slate.labels is None:
             raise DataError(f"slate {slate.slate_id!r} of the {part} part has no labels")
