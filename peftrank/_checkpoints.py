@@ -38,6 +38,7 @@ _TABLE = Path(__file__).with_name("bases.yaml")
 _CACHE_VARIABLE = "PEFTRANK_CACHE"
 _SAMPLES = 64
 _PROBE = "Rank 1995's\n\n12  items:\tnaïve café, 東京 (PEFT)!"
+_AGAIN = "Copy or download the base again."
 _READ_BY = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -160,6 +161,34 @@ def stamp(folder: Path) -> str:
     return digest.hexdigest()[:24]
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a checkpoint's JSON file.
+
+    Raises:
+        BaseModelError: it cannot be read, or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"{path} cannot be read: {error}. {_AGAIN}") from error
+    if not isinstance(values, dict):
+        raise BaseModelError(f"{path} must hold a JSON object. {_AGAIN}")
+    return values
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Returns a checkpoint's tokenizer.
+
+    Raises:
+        BaseModelError: there is none, or it is damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing more special
+        reason = str(error).strip().partition("\n")[0]
+        raise BaseModelError(f"cannot load the tokenizer in {folder}: {reason} {_AGAIN}") from error
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns a sha256 over vocabulary, special tokens, chat template and a tokenized probe."""
     parts = (
@@ -188,18 +217,18 @@ def quiet_loading() -> Iterator[None]:
 
 
 def _from_folder(folder: Path, model_id: str, revision: str | None) -> Checkpoint:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     fingerprint = weights_fingerprint(config, _stored_tensors(folder))
     return Checkpoint(folder, model_id, revision, fingerprint)
 
 
 def _stored_tensors(folder: Path) -> Iterable[tuple[str, Tensor]]:
     """Yields (name, memory-mapped tensor) sorted by name; only touched pages are read."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places = read_json(index)["weight_map"]
         files = sorted(set(places.values()))
     else:
         files = ["model.safetensors"]
@@ -208,7 +237,10 @@ def _stored_tensors(folder: Path) -> Iterable[tuple[str, Tensor]]:
             f"{folder} has no {files[0]}: only safetensors weights are loaded, because other "
             "formats can run code. Convert it with save_pretrained(safe_serialization=True)."
         )
-    handles: list[Any] = [safe_open(folder / file, framework="pt") for file in files]
+    try:
+        handles: list[Any] = [safe_open(folder / file, framework="pt") for file in files]
+    except (SafetensorError, OSError) as error:
+        raise BaseModelError(f"the weights in {folder} are damaged: {error}. {_AGAIN}") from error
     where = {name: handle for handle in handles for name in handle.keys()}
     return ((name, where[name].get_tensor(name)) for name in sorted(where))
 
@@ -273,7 +305,7 @@ def _converted(source: Path, key: str, model_id: str, root: Path) -> Checkpoint:
     folder = root / "converted" / key
     if not (folder / "source.json").is_file():
         publish(folder, lambda target: _convert(source, target, model_id))
-    about = json.loads((folder / "source.json").read_text(encoding="utf-8"))
+    about = read_json(folder / "source.json")
     return Checkpoint(folder, model_id, None, about["fingerprint"])
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from peftrank import _checkpoints
 from peftrank._architectures import (
@@ -166,7 +165,7 @@ def load_base(
     dtype = _native_dtype(place) if compute_dtype == "auto" else getattr(torch, compute_dtype)
     with _checkpoints.quiet_loading():
         checkpoint = _checkpoints.find_checkpoint(name, revision, cache_dir)
-        config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+        config = _checkpoints.read_json(checkpoint.folder / "config.json")
         kind = check_architecture(name, config)
         double_quant = double_quant and quantization in ("nf4", "fp4")
         settings = _quantization_config(quantization, double_quant, dtype)
@@ -176,7 +175,7 @@ def load_base(
             scheme = f"{quantization}{'-double' if double_quant else ''}"
             root = _checkpoints.cache_root(cache_dir)
             model = _load_quantized(checkpoint, kind, dtype, place, settings, root, scheme)
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        tokenizer = _checkpoints.read_tokenizer(checkpoint.folder)
     identity = BaseIdentity(
         name=name,
         model_id=checkpoint.model_id,
@@ -201,10 +200,10 @@ def load_tokenizer(
     """
     with _checkpoints.quiet_loading():
         folder = _checkpoints.find_checkpoint(name, revision, cache_dir).folder
+        check_architecture(name, _checkpoints.read_json(folder / "config.json"))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
-        check_architecture(name, config)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return cast("PreTrainedTokenizerBase", tokenizer), max_depth(config)
+        tokenizer = _checkpoints.read_tokenizer(folder)
+    return tokenizer, max_depth(config)
 
 
 def base_from_model(

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import tempfile
 from pathlib import Path
@@ -236,6 +237,25 @@ def test_a_damaged_adapter_is_refused_before_it_is_used(refused, given, name, da
         assert name in said
         assert message in said
         assert "activate another version" in said
+
+
+BASE = [
+    ("config.json", b"{", "config.json cannot be read: "),
+    ("model.safetensors", b"\x10\0\0\0\0\0\0\0{", "base are damaged: "),
+    ("tokenizer.json", b"{", "cannot load the tokenizer in "),
+    ("tokenizer.json", b"{}", "cannot load the tokenizer in "),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BASE)
+def test_a_damaged_base_is_refused(refused, given, workplace, place, name, content, message):
+    shutil.copytree(workplace / "base", place / "base")
+    (place / "base" / name).write_bytes(content)
+    damaged = ["base" if value == workplace / "base" else value for value in given]
+    for command in (("rank", *damaged, "--index", 0), ("prompt", "show", *damaged)):
+        said = refused(*command)
+        assert message in said
+        assert "Copy or download the base again." in said
 
 
 def versions(place):
