@@ -467,12 +467,15 @@ def test_another_configuration_is_refused_by_key(tiny_decoder, make_config, tmp_
     assert_untouched(tiny_decoder, before)
 
 
-def test_other_training_slates_are_refused(tiny_decoder, make_config, tmp_path):
+@pytest.mark.parametrize("part", ["train", "valid"])
+def test_other_slates_are_refused(part, tiny_decoder, make_config, tmp_path):
     output = tmp_path / "out"
     train(make_config(checkpoint_steps=2), output=output, base=tiny_decoder)
     before = state_of(tiny_decoder)
-    changed = make_config(checkpoint_steps=2, train=make_slates(12, seed=5))
-    with pytest.raises(ConfigError, match="training slates are not those"):
+    slates = make_slates(12) if part == "train" else make_slates(6, seed=1)
+    slates[0] = replace(slates[0], history=(Item("new", {"title": "indigo"}),))
+    changed = make_config(checkpoint_steps=2, **{part: slates})
+    with pytest.raises(ConfigError, match="validation slates are not those"):
         train(changed, output=output, base=tiny_decoder, resume=run_folder(output))
     assert_untouched(tiny_decoder, before)
 
@@ -715,3 +718,47 @@ def test_a_terminated_command_says_how_to_continue_and_does(stored_base, make_co
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["metrics"]["steps"] == 400
     assert store.active(tmp_path / "a store", "demo") == Path(result["path"]).name
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(stored_base, make_config, tmp_path):
+    configs = {}
+    for method in ("lora", "adalora"):
+        # 13 slates in batches of 4: the last of an epoch has none for the second process.
+        slates = {"train": make_slates(13), "valid": make_slates(5, seed=1)}
+        options = {k: v for k, v in METHODS[method].items() if k != "dropout"}
+        made = make_config(method, **slates, options=options, max_steps=9, micro_tokens=200)
+        configs[method] = Config.model_validate({**made.model_dump(), "base": stored_base})
+        text = configs[method].model_dump_json()
+        (tmp_path / f"{method}.json").write_text(text, encoding="utf-8")
+    program = """
+from pathlib import Path
+from peftrank.config import Config
+from peftrank.training import train
+for method in ("lora", "adalora"):
+    config = Config.model_validate_json(Path(f"{method}.json").read_text())
+    print(train(config, output=Path("two") / method), flush=True)
+"""
+    (tmp_path / "program.py").write_text(program, encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, "program.py"],
+        cwd=tmp_path,
+        env={**os.environ, "ACCELERATE_USE_CPU": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    for method, config in configs.items():
+        one, two = tmp_path / "one" / method, tmp_path / "two" / method
+        train(config, output=one)
+        assert done.stdout.count(f"two/{method}/demo/0001") == 2  # every process returns the path
+        assert store.active(two, "demo") == "0001"
+        assert store.versions(two, "demo") == ("0001",)
+        for alone, together in zip(untimed(logged(one)), untimed(logged(two)), strict=True):
+            assert together == pytest.approx(alone, rel=1e-3, abs=1e-5)
+        alone, together = weights(one / "demo" / "0001"), weights(two / "demo" / "0001")
+        assert alone.keys() == together.keys()
+        for key, expected in alone.items():
+            torch.testing.assert_close(together[key], expected, rtol=0, atol=1e-2)

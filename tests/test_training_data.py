@@ -126,13 +126,17 @@ def test_a_folders_parts_are_found_by_name(tmp_path):
         folder_data(tmp_path / "empty")
 
 
-def test_the_fingerprint_tells_labels_order_and_items_apart(make_slate):
+def test_the_fingerprint_tells_labels_order_items_and_their_content_apart(make_slate):
     slates = [make_slate(seed=i) for i in range(3)]
     same = fingerprint(slates)
     assert fingerprint([make_slate(seed=i) for i in range(3)]) == same
+    reordered = Item("x", {"b": "1", "a": "2"}), Item("x", {"a": "2", "b": "1"})
+    assert len({fingerprint([replace(slates[0], history=(item,))]) for item in reordered}) == 1
     other_labels = [replace(slates[0], labels=(0.0, 1.0, 0.0, 0.0)), *slates[1:]]
     other_history = [replace(slates[0], history=()), *slates[1:]]
-    changed = [slates[::-1], slates[:2], other_labels, other_history]
+    retold = Item(slates[0].candidates[0].item_id, {"title": "another title"})
+    other_text = [replace(slates[0], candidates=(retold, *slates[0].candidates[1:])), *slates[1:]]
+    changed = [slates[::-1], slates[:2], other_labels, other_history, other_text]
     assert same not in map(fingerprint, changed)
 
 

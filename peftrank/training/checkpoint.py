@@ -22,7 +22,6 @@ from torch import Tensor
 from peftrank.config import Config
 from peftrank.errors import AdapterError, ConfigError
 from peftrank.files import publish_folder, temporary_folder
-from peftrank.training.data import fingerprint
 from peftrank.training.run import Run, Snapshot, parameter_names, put_back, snapshot
 
 _KEEP = 2
@@ -48,7 +47,7 @@ def save(run: Run) -> Path:
     best = run.best_state or now
     values = {
         "config": run.config.model_dump(mode="json"),
-        "data": fingerprint(run.train),
+        "data": run.slates_fingerprint,
         "step": run.step,
         "stale": run.stale,
         "best": run.best if math.isfinite(run.best) else None,
@@ -76,11 +75,14 @@ def restore(run: Run, saved: Checkpoint) -> None:
     """Puts a run of the same configuration where the checkpoint was.
 
     Raises:
-        ConfigError: the training slates are not those of the saved run.
+        ConfigError: the slates are not those of the saved run.
     """
     values, groups = saved.values, saved.groups
-    if values["data"] != fingerprint(run.train):
-        raise ConfigError("cannot resume: the training slates are not those of the saved run")
+    if values["data"] != run.slates_fingerprint:
+        raise ConfigError(
+            "cannot resume: the training or validation slates are not those of the saved run. "
+            "Put the files back as they were, or train anew."
+        )
     put_back(run, Snapshot(groups["adapter"], values["method"], groups["readout"]))
     _restore_optimizer(run, groups["optimizer"])
     torch.set_rng_state(groups["random"]["torch"])

@@ -6,6 +6,7 @@ The order is a function of the seed and the epoch alone, so a resumed run contin
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from peftrank.config import DataConfig
 from peftrank.errors import ConfigError
+from peftrank.formats._record import slate_record
 from peftrank.formats.slates import read_slates
 from peftrank.samples import sample_path, samples
 from peftrank.types import Slate
@@ -114,16 +116,10 @@ def steps_per_epoch(n_slates: int, batch_size: int) -> int:
 
 
 def fingerprint(slates: Sequence[Slate]) -> str:
-    """Returns a SHA-256 over ids and labels: equal for equal data in equal order."""
+    """Returns a SHA-256 over all that the slates hold: equal for equal slates in equal order."""
     digest = hashlib.sha256()
     for slate in slates:
-        row = (
-            slate.slate_id,
-            [item.item_id for item in slate.history],
-            [item.item_id for item in slate.candidates],
-            slate.labels,
-        )
-        digest.update(repr(row).encode())
+        digest.update(json.dumps(slate_record(slate), sort_keys=True).encode())
     return digest.hexdigest()
 
 

@@ -78,7 +78,9 @@ def train(
     finally:
         run.adapted.unload()
         run.base.model.eval()
-        run.accelerator.end_training()
+        # Not end_training(): that ends the group of processes, under a model that still uses it.
+        for tracker in run.accelerator.trackers:
+            tracker.finish()
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup_ratio: float, schedule: str) -> float:

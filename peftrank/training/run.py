@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,13 @@ from peftrank.config import Config, TrainingConfig
 from peftrank.errors import ConfigError, DataError
 from peftrank.model import RankingModel, move
 from peftrank.prompts import PromptTemplate, feature_tensor, micro_batches, pack, token_count
-from peftrank.training.data import feature_names, part_path, read_part, steps_per_epoch
+from peftrank.training.data import (
+    feature_names,
+    fingerprint,
+    part_path,
+    read_part,
+    steps_per_epoch,
+)
 from peftrank.types import Batch, PromptTree, Slate
 
 
@@ -72,6 +79,11 @@ class Run:
     def ranking(self) -> nn.Module:
         """The RankingModel itself, for passes that other processes need not take part in."""
         return cast(nn.Module, self.accelerator.unwrap_model(self.model))
+
+    @cached_property
+    def slates_fingerprint(self) -> str:
+        """Of the training and validation slates."""
+        return fingerprint([*self.train, *self.valid])
 
     def tree(self, slate: Slate) -> PromptTree:
         """Returns the prompt tree of a slate of `train` or `valid`, made once in a run."""
