@@ -45,6 +45,26 @@ def test_the_trained_adapter_ranks_a_file_of_slates(cli, place, given):
         assert ranked["scores"] == sorted(ranked["scores"], reverse=True)
 
 
+def test_an_adapter_brings_its_own_base_unless_another_is_asked_for(cli, place, workplace):
+    """The domain's configuration names another base, which is never loaded here."""
+    options = ("--domain", "news", "--data", "data")
+    ranked = cli("rank", *options, "--input", "data/test.jsonl", "--output", "ranked.jsonl")
+    assert ranked.code == 0
+    baselines = ("--metrics", METRICS, "--baselines", "random")
+    assert cli("evaluate", *options, *baselines).code == 0
+    other = ("--base", workplace / "other-base", "--set", "base.quantization=none")
+    refused = cli("evaluate", *options, *baselines, *other)
+    assert refused.code == 2
+    assert "base" in refused.err
+
+
+def test_baselines_alone_need_no_base(cli, place):
+    options = ("--domain", "news", "--data", "data", "--base", "nowhere")
+    result = cli("evaluate", *options, "--adapter", "none", "--baselines", "random,bm25")
+    assert result.code == 0
+    assert "bm25" in result.out
+
+
 def test_a_run_file_holds_the_best_k(cli, place, given):
     cli("rank", *given, "--input", "data/test.jsonl", "--output", "all.run")
     cli("rank", *given, "--input", "data/test.jsonl", "--output", "best.run", "-k", 2)

@@ -49,17 +49,19 @@ def command(
     wanted = settings.evaluation.baselines
     if baselines is not None:
         wanted = () if baselines == "none" else tuple(baselines.split(","))
-    ranker = ranker_for(settings, store)
+    ranker = None
+    if folder is not None or evaluation.ZERO_SHOT in wanted:
+        ranker = ranker_for(settings, store, adapter=folder, base=base, set_=set_)
     rows = evaluation.baseline_rows(
         wanted,
         slates,
         train=train,
-        base=ranker.base,
+        base=ranker and ranker.base,
         prompt=prompt_arguments(settings),
         metrics=measured,
         seed=settings.seed,
     )
-    if folder is not None:
+    if ranker is not None and folder is not None:
         name = ranker.load_adapter(folder, domain=settings.domain)
         rows.append(
             evaluation.evaluate(ranker, slates, domain=name, metrics=measured, name="adapter")

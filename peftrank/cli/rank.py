@@ -44,23 +44,25 @@ def command(
 
     settings = settings_of(domain=domain, config=config, base=base, data=data, set_=set_)
     if input_ is not None and output is not None and index is None:
-        ranker, name = _loaded(settings, adapter, store)
+        ranker, name = _loaded(settings, adapter, store, base, set_)
         slates = read_slates(input_, items=settings.data.items)
         count = write_rankings(output, ranker.rank_stream(slates, domain=name, k=k))
         typer.echo(json.dumps({"slates": count, "output": str(output)}))
     elif index is not None and input_ is None and output is None:
         slate = slate_at(settings, "test", index)
-        ranker, name = _loaded(settings, adapter, store)
+        ranker, name = _loaded(settings, adapter, store, base, set_)
         _show(slate, ranker.rank(slate, domain=name, k=k), settings)
     else:
         raise ConfigError("give --input FILE and --output FILE, or --index N to look at one slate")
 
 
-def _loaded(settings: Config, adapter: str | None, store: Path) -> tuple[Ranker, str]:
+def _loaded(
+    settings: Config, adapter: str | None, store: Path, base: str | None, set_: list[str] | None
+) -> tuple[Ranker, str]:
     from peftrank.cli.settings import find_adapter, ranker_for
 
     folder = find_adapter(adapter, settings, store)
-    ranker = ranker_for(settings, store)
+    ranker = ranker_for(settings, store, adapter=folder, base=base, set_=set_)
     return ranker, ranker.load_adapter(folder, domain=settings.domain)
 
 

@@ -91,16 +91,31 @@ def find_adapter(source: str | None, settings: Config, store: Path) -> Path:
     return folder
 
 
-def ranker_for(settings: Config, store: Path) -> Ranker:
-    """Returns a ranker on the configured base, with no domain loaded."""
+def ranker_for(
+    settings: Config,
+    store: Path,
+    *,
+    adapter: Path | None = None,
+    base: str | None = None,
+    set_: list[str] | None = None,
+) -> Ranker:
+    """Returns a ranker with no domain loaded, on the base asked for, else on the adapter's own.
+
+    Args:
+        settings: Their base is used if there is no adapter.
+        store: Where the ranker looks domains up.
+        adapter: The folder of the adapter that is to be loaded.
+        base: The `--base` that was given, if any.
+        set_: The `--set` options that were given, if any.
+    """
     from peftrank.base import load_base
     from peftrank.ranker import Ranker
+    from peftrank.store import describe
 
-    base = load_base(
-        settings.base.name,
-        quantization=settings.base.quantization,
-        double_quant=settings.base.double_quant,
-        compute_dtype=settings.base.compute_dtype,
-        revision=settings.base.revision,
-    )
-    return Ranker(base, store=store)
+    wanted = settings.base
+    asked = base is not None or any(text.strip().startswith("base.") for text in set_ or ())
+    if adapter is not None and not asked:
+        trained = describe(adapter)["base"]
+        kept = ("name", "quantization", "double_quant", "revision")
+        wanted = wanted.model_copy(update={key: trained[key] for key in kept})
+    return Ranker(load_base(**wanted.model_dump()), store=store)

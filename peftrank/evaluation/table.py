@@ -7,6 +7,7 @@ from typing import Any
 
 from peftrank import plugins
 from peftrank.base import Base
+from peftrank.errors import ConfigError
 from peftrank.evaluation.cosine import cosine_scores
 from peftrank.evaluation.evaluate import Evaluation, evaluate_scores
 from peftrank.ranker import Ranker
@@ -21,7 +22,7 @@ def baseline_rows(
     slates: Sequence[Slate],
     *,
     train: Sequence[Slate],
-    base: Base,
+    base: Base | None,
     prompt: Mapping[str, Any],
     metrics: Sequence[str],
     seed: int = 0,
@@ -32,17 +33,19 @@ def baseline_rows(
         names: Files of `peftrank/baselines/`, `package.module:function`, or `zero_shot`.
         slates: Labelled.
         train: The training part, all that a baseline may learn from.
-        base: Read without any adapter for `zero_shot`.
+        base: Read without any adapter for `zero_shot`; None if that is not asked for.
         prompt: PromptTemplate's arguments, for `zero_shot`.
         metrics: As in `peftrank.metrics.per_slate`.
         seed: For baselines with random choices.
 
     Raises:
-        ConfigError: unknown baseline, or its package is not installed.
+        ConfigError: unknown baseline, its package is not installed, or `zero_shot` has no base.
     """
     rows = []
     for name in names:
         if name == ZERO_SHOT:
+            if base is None:
+                raise ConfigError("the baseline zero_shot needs a base")
             rows += _zero_shot_rows(slates, base=base, prompt=prompt, metrics=metrics)
         else:
             scores = plugins.load("baselines", name)(slates, train=train, seed=seed)
