@@ -56,7 +56,7 @@ def command(
         wanted,
         slates,
         train=train,
-        base=ranker and ranker.base,
+        base=None if ranker is None else ranker.base,
         prompt=prompt_arguments(settings),
         metrics=measured,
         seed=settings.seed,
