@@ -15,7 +15,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from peftrank.errors import PeftRankError
 from peftrank.evaluation import Evaluation, evaluate, evaluate_scores
 from peftrank.evaluation.report import as_json
 from peftrank.formats.slates import read_slates, write_slates
-from peftrank.prompts import PromptTemplate, token_count
 from peftrank.ranker import Ranker
 from peftrank.training import train
 from peftrank.training.data import folder_data, read_part
@@ -37,10 +35,7 @@ from peftrank.types import Slate
 CONFIGS = Path(__file__).parent / "configs"
 FLOORS = ("random", "popularity", "overlap", "popularity_overlap", "bm25", "lambdamart")
 METRICS = ("ndcg@10", "mrr", "hit@1")
-TEXT_ONLY = "text"
-"""The configurations whose name starts so are trained on slates without features."""
 _TRIAL_STEPS = 10
-_COUNTED_SLATES = 500
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -77,10 +72,7 @@ def measure(
     training = {}
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            chosen = parts
-            if name.startswith(TEXT_ONLY) or limit is not None:
-                features = not name.startswith(TEXT_ONLY)
-                chosen = copied(parts, Path(folder), features=features, limit=limit)
+            chosen = parts if limit is None else shortened(parts, Path(folder), limit)
             row, training[name] = trained(name, chosen, test, minutes=minutes, store=store)
         rows.append(row)
     return {
@@ -100,19 +92,13 @@ def floors(train_slates: Sequence[Slate], test: Sequence[Slate]) -> list[Evaluat
     return rows
 
 
-def copied(data: DataConfig, folder: Path, *, features: bool, limit: int | None) -> DataConfig:
-    """Returns where copies of the training and validation parts lie: fewer slates, or features."""
+def shortened(data: DataConfig, folder: Path, limit: int) -> DataConfig:
+    """Returns where copies of the training and validation parts lie, with their first slates."""
     paths = {}
     for part in ("train", "valid"):
         paths[part] = folder / f"{part}.jsonl"
-        slates = list(read_slates(getattr(data, part)))[:limit]
-        write_slates(paths[part], slates if features else map(_without_features, slates))
+        write_slates(paths[part], list(read_slates(getattr(data, part)))[:limit])
     return DataConfig(**paths)
-
-
-def _without_features(slate: Slate) -> Slate:
-    bare = tuple(replace(item, features={}) for item in slate.candidates)
-    return replace(slate, candidates=bare)
 
 
 def trained(
@@ -130,19 +116,16 @@ def trained(
         domain = ranker.load_adapter(adapter)
         row = evaluate(ranker, test, domain=domain, metrics=METRICS, name=name)
     manifest = json.loads((adapter / "peftrank.json").read_text(encoding="utf-8"))
-    template = PromptTemplate(base.tokenizer, **manifest["prompt"])
-    tokens = statistics.mean(token_count(template.tree(s)) for s in test[:_COUNTED_SLATES])
-    rate = _slates_per_second(store, config.domain)
-    steps = manifest["metrics"]["steps"]
+    log = _log(store, config.domain)
     return row, {
         "base": f"{config.base.name} ({config.base.quantization})",
         "method": config.method.name,
         "features": manifest["readout"]["feature_names"],
         "minutes": seconds / 60,
-        "steps": steps,
-        "slates_seen": steps * config.training.batch_size,
-        "slates_per_second": rate,
-        "tokens_per_second": rate * tokens,
+        "steps": len(log),
+        "slates_seen": round(log[-1]["epoch"] * manifest["data"]["counts"]["train"]),
+        "slates_per_second": _median(log, "slates_per_second"),
+        "tokens_per_second": _median(log, "tokens_per_second"),
         "metrics": manifest["metrics"],
         "versions": {"peftrank": manifest["peftrank_version"], **manifest["versions"]},
     }
@@ -154,7 +137,7 @@ def steps_within(minutes: float, config: Config, base: Base) -> int:
     with tempfile.TemporaryDirectory() as folder:
         trial = _with(config, max_steps=_TRIAL_STEPS, eval_steps=_TRIAL_STEPS, eval_slates=1)
         train(trial, output=Path(folder), base=base)
-        rate = _slates_per_second(Path(folder), config.domain)
+        rate = _median(_log(Path(folder), config.domain), "slates_per_second")
     # A slate that is only scored costs about half of one that is learned from.
     cost = training.batch_size + training.eval_slates / training.eval_steps / 2
     return max(1, int(minutes * 60 * rate / cost))
@@ -164,11 +147,15 @@ def _with(config: Config, **training: int) -> Config:
     return config.model_copy(update={"training": config.training.model_copy(update=training)})
 
 
-def _slates_per_second(store: Path, domain: str) -> float:
-    """Returns the median over the newest run's steps, evaluations not counted."""
-    log = max((store / domain / ".runs").glob("*/metrics.jsonl"))
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    return float(statistics.median(row["slates_per_second"] for row in rows))
+def _log(store: Path, domain: str) -> list[dict[str, float]]:
+    """Returns the rows of the newest run, one a step."""
+    newest = max((store / domain / ".runs").glob("*/metrics.jsonl"))
+    return [json.loads(line) for line in newest.read_text(encoding="utf-8").splitlines()]
+
+
+def _median(log: list[dict[str, float]], name: str) -> float:
+    """Returns a value's median over the steps; time for evaluations is in none of them."""
+    return float(statistics.median(row[name] for row in log))
 
 
 def _fingerprint(folder: Path) -> dict[str, Any]:

@@ -108,6 +108,8 @@ class DataConfig(_Section):
     test: Path | None = None
     items: Path | None = None
     """Item texts, when the slates name items by id only and no items file lies beside them."""
+    features: tuple[str, ...] | None = None
+    """Candidate features the readout reads. Absent: all that the training slates have; []: none."""
 
 
 class TrainingConfig(_Section):

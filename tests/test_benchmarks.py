@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import games
 from peftrank.config import load_config
-from peftrank.formats.slates import read_slates, write_slates
+from peftrank.formats.slates import write_slates
 from peftrank.training.data import folder_data
 
 NAMES = ("popularity", "item_knn")
@@ -33,16 +33,6 @@ def test_every_configuration_is_valid_and_names_its_own_domain(path):
     assert load_config(path).domain == path.stem
 
 
-def test_a_copy_for_text_alone_differs_in_its_features_only(prepared, tmp_path):
-    made = games.copied(folder_data(prepared), tmp_path, features=False, limit=5)
-    for part in ("train", "valid"):
-        before = list(read_slates(prepared / f"{part}.jsonl"))[:5]
-        after = list(read_slates(getattr(made, part)))
-        assert all(item.features for slate in before for item in slate.candidates)
-        assert after == [games._without_features(slate) for slate in before]
-        assert not any(item.features for slate in after for item in slate.candidates)
-
-
 def test_one_command_measures_both_configurations_beside_the_floors(
     prepared, tmp_path, tiny_encoder, monkeypatch, capsys
 ):
@@ -61,7 +51,7 @@ def test_one_command_measures_both_configurations_beside_the_floors(
     assert runs["text"]["features"] == []
     assert runs["features"]["features"] == sorted(NAMES)
     for run in runs.values():
-        assert run["slates_seen"] == 16 * run["steps"] > 0
+        assert run["slates_seen"] == 24 * run["steps"] > 0  # a batch holds all there are
         assert run["tokens_per_second"] > run["slates_per_second"] > 0
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(table) == 1 + len(rows)

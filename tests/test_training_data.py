@@ -143,3 +143,11 @@ def test_the_fingerprint_tells_labels_order_items_and_their_content_apart(make_s
 def test_feature_names_are_those_of_any_candidate_in_order(make_slate):
     slates = [make_slate(features=["b"]), make_slate(seed=1), make_slate(seed=2, features=["a"])]
     assert feature_names(slates) == ("a", "b")
+
+
+def test_only_the_wanted_features_are_read_and_a_wrong_name_is_explained(make_slate):
+    slates = [make_slate(features=("recency", "popularity"))]
+    assert feature_names(slates, ("recency",)) == ("recency",)
+    assert feature_names(slates, ()) == ()
+    with pytest.raises(ConfigError, match=r"data\.features.*'recent'.*did you mean 'recency'"):
+        feature_names(slates, ("recent",))

@@ -38,7 +38,8 @@ def settings_of(
     if base is not None:
         overrides["base.name"] = base
     if data is not None:
-        overrides["data"] = folder_data(data).model_dump(mode="json", exclude_none=True)
+        files = folder_data(data).model_dump(mode="json", exclude={"features"})
+        overrides |= {f"data.{part}": path for part, path in files.items()}
     overrides |= parse_overrides(set_ or [])
     return load_config(
         config, domain=domain, method=method, overrides=overrides, check_options=check_options

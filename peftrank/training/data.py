@@ -16,6 +16,7 @@ from peftrank.config import DataConfig
 from peftrank.errors import ConfigError
 from peftrank.formats._record import slate_record
 from peftrank.formats.slates import read_slates
+from peftrank.plugins import did_you_mean
 from peftrank.samples import sample_path, samples
 from peftrank.types import Slate
 
@@ -123,6 +124,20 @@ def fingerprint(slates: Sequence[Slate]) -> str:
     return digest.hexdigest()
 
 
-def feature_names(slates: Sequence[Slate]) -> tuple[str, ...]:
-    """Returns the candidate features that occur in the slates, sorted."""
-    return tuple(sorted({n for s in slates for item in s.candidates for n in item.features}))
+def feature_names(slates: Sequence[Slate], wanted: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Returns the candidate features to read, sorted: the wanted ones, or all that occur.
+
+    Raises:
+        ConfigError: a wanted feature occurs in no slate.
+    """
+    found = {name for slate in slates for item in slate.candidates for name in item.features}
+    if wanted is None:
+        return tuple(sorted(found))
+    for name in wanted:
+        if name not in found:
+            known = ", ".join(sorted(found)) or "none"
+            raise ConfigError(
+                f"data.features: no training slate has {name!r}{did_you_mean(name, tuple(found))}. "
+                f"There are: {known}."
+            )
+    return tuple(sorted(wanted))

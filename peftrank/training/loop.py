@@ -109,7 +109,9 @@ def _steps(run: Run, bar: Progress, stopping: threading.Event) -> None:
         started = time.perf_counter()
         values = _optimize(run, slates)
         run.step += 1
-        values["slates_per_second"] = len(slates) / (time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        values["slates_per_second"] = len(slates) / seconds
+        values["tokens_per_second"] = values.pop("tokens") / seconds
         last = run.step == run.total_steps
         if run.step % training.eval_steps == 0 or last:
             values[f"valid_{SELECT_BY}"] = _evaluate(run)
@@ -136,7 +138,7 @@ def _optimize(run: Run, slates: Sequence[Slate]) -> dict[str, float]:
     )
     for group in run.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
-    loss = _backward(run, slates)
+    loss, tokens = _backward(run, slates)
     if not math.isfinite(loss):
         raise PeftRankError(
             f"the loss is {loss} at step {run.step + 1}. Lower training.learning_rate "
@@ -149,14 +151,18 @@ def _optimize(run: Run, slates: Sequence[Slate]) -> dict[str, float]:
     run.optimizer.zero_grad()
     return {
         "loss": loss,
+        "tokens": tokens,
         "grad_norm": float(norm),
         "learning_rate": run.learning_rate * factor,
         "epoch": (run.step + 1) / steps_per_epoch(len(run.train), training.batch_size),
     }
 
 
-def _backward(run: Run, slates: Sequence[Slate]) -> float:
-    """Adds the batch's gradients, pass by pass, and returns its loss over all processes."""
+def _backward(run: Run, slates: Sequence[Slate]) -> tuple[float, float]:
+    """Adds the batch's gradients, pass by pass; returns its loss and tokens over all processes.
+
+    Tokens that slates of a row share count once; padding does not count.
+    """
     accelerator = run.accelerator
     mine = slates[accelerator.process_index :: accelerator.num_processes]
     scale = accelerator.num_processes / len(slates)  # gradients are averaged over processes
@@ -164,8 +170,9 @@ def _backward(run: Run, slates: Sequence[Slate]) -> float:
         mine, scale = slates[:1], 0.0
     run.model.train()
     parts = list(passes(run, mine))
-    loss = 0.0
+    loss, tokens = 0.0, 0
     for i, (_, batch) in enumerate(parts):
+        tokens += int((batch.segment_ids >= 0).sum())
         last = i == len(parts) - 1
         with nullcontext() if last else accelerator.no_sync(run.model):
             scores = run.model(batch)
@@ -175,7 +182,9 @@ def _backward(run: Run, slates: Sequence[Slate]) -> float:
             loss += float(value.detach())
             penalty = run.method.penalty(run.adapted) if last else None
             accelerator.backward(value if penalty is None else value + penalty)
-    return float(accelerator.reduce(torch.tensor(loss, device=accelerator.device), "mean"))
+    here = torch.tensor([loss, tokens * accelerator.num_processes], device=accelerator.device)
+    mean = accelerator.reduce(here, "mean").tolist()
+    return mean[0], mean[1]
 
 
 def _evaluate(run: Run) -> float:

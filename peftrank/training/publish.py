@@ -92,7 +92,8 @@ def _check(run: Run, path: Path, slates: list[Slate], expected: list[torch.Tenso
 def _manifest(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
     config = run.config.model_dump(mode="json")
     # Where the data lay on this machine is nobody's business; what it was is the fingerprint.
-    config["data"] = {key: value and Path(value).name for key, value in config["data"].items()}
+    for part, path in config["data"].items():
+        config["data"][part] = Path(path).name if isinstance(path, str) else path
     return {
         "peftrank_version": __version__,
         "method": {"name": run.config.method.name, "options": run.config.method.options},

@@ -129,7 +129,7 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
     accelerator = _accelerator(training, folder)
     torch.manual_seed(config.seed)
     base = base or _load_base(config, accelerator.device)
-    features = feature_names(train)
+    features = feature_names(train, config.data.features)
     readout = _build_readout(config, base, features, train)
     template = PromptTemplate(
         base.tokenizer,
