@@ -8,7 +8,6 @@ readout, so it cannot be paired with the wrong ones. Knows no training and no me
 from __future__ import annotations
 
 import itertools
-import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from typing import Any, Self, overload
 import torch
 from torch import Tensor, nn
 
-from peftrank import plugins, store
+from peftrank import hub, plugins, store
 from peftrank.bank import Bank, Banked
 from peftrank.base import Base, load_base
 from peftrank.errors import AdapterError, ConfigError, DataError
@@ -27,7 +26,6 @@ from peftrank.prompts import PromptTemplate, feature_tensor, micro_batches, pack
 from peftrank.types import Batch, RankedList, Slate
 
 Scores = tuple[float, ...]
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 _STREAM_SLATES = 256
 
 
@@ -97,15 +95,18 @@ class Ranker:
         """Loads an adapter, in place of the domain's earlier one, and returns the domain's name.
 
         Args:
-            source: A folder, a domain of the store (its active version), or `domain@version`.
+            source: A folder, a domain of the store (its active version), `domain@version`, or
+                `user/repo` or `user/repo@revision` on the Hugging Face Hub, where no folder has
+                that name. The Hub's cache is used, and alone if HF_HUB_OFFLINE is set.
             domain: The name to load it under; absent: the one it was trained for.
             allow_code: Let an adapter's readout be `package.module:object`, which imports code
                 that is not PeftRank's. Set it only for adapters you made or checked.
 
         Raises:
-            AdapterError: it is missing, damaged, or belongs to another base.
+            AdapterError: it is missing, damaged, cannot be had from the Hub, or belongs to another
+                base.
         """
-        files = store.load_adapter(self._locate(source))
+        files = self._files(source, allow_code)
         manifest = files.manifest
         name = store.check_domain(manifest["domain"] if domain is None else domain)
         store.check_base(manifest, self.base.identity)
@@ -240,16 +241,10 @@ class Ranker:
         loaded = ", ".join(f"{name}: {d.method}" for name, d in self._domains.items())
         return f"Ranker({self.base.identity.name!r}, domains={{{loaded}}})"
 
-    def _locate(self, source: str | Path) -> Path:
-        try:
-            return store.resolve(source, self.store)
-        except AdapterError:
-            if isinstance(source, str) and _HUB_ID.fullmatch(source):
-                raise AdapterError(
-                    f"there is no folder {source!r}. If it is a Hub id: loading from the Hub is "
-                    "not available yet; download the adapter and load its folder."
-                ) from None
-            raise
+    def _files(self, source: str | Path, allow_code: bool) -> store.AdapterFiles:
+        if isinstance(source, str) and hub.is_hub_name(source) and not Path(source).is_dir():
+            return hub.fetch(source, allow_code=allow_code).files
+        return store.load_adapter(store.resolve(source, self.store))
 
     def _readout(
         self, name: str, options: Mapping[str, Any], feature_names: Sequence[str]

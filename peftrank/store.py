@@ -178,10 +178,10 @@ def check_domain(name: str) -> str:
 def describe(path: Path) -> dict[str, Any]:
     """Returns what a person wants to know about an adapter folder, JSON-able; verifies it."""
     files = load_adapter(path)
-    kept = ("domain", "created", "method", "readout", "base", "metrics", "data", "versions")
+    kept = ("domain", "created", "method", "readout", "base", "metrics", "data", "versions", "hub")
     return {
         "path": str(path),
-        **{key: files.manifest[key] for key in kept},
+        **{key: files.manifest[key] for key in kept if key in files.manifest},
         "peft_type": files.peft_config["peft_type"],
         "parameters": sum(t.numel() for t in files.tensors.values()),
         "readout_parameters": sum(t.numel() for t in files.readout.values()),

@@ -356,8 +356,8 @@ def test_a_readout_outside_the_package_loads_when_allowed(tiny_decoder, tmp_path
     assert close(ranker.score(slates, domain="news"), direct(model, template, slates))
 
 
-def test_a_hub_id_is_an_error_that_says_so(tiny_decoder, tmp_path):
-    with pytest.raises(AdapterError, match="Hub is not available yet"):
+def test_offline_a_hub_id_that_was_never_downloaded_is_an_error(tiny_decoder, tmp_path):
+    with pytest.raises(AdapterError, match=r"no folder here and not in the Hub's cache"):
         Ranker(tiny_decoder, store=tmp_path).load_adapter("someone/news-adapter")
 
 

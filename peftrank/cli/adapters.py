@@ -1,4 +1,4 @@
-"""`peftrank adapters`: look at the store and change which version is active."""
+"""`peftrank adapters`: look at the store, change which version is active, share by the Hub."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import typer
 
 from peftrank.cli import options
 
-app = typer.Typer(help="List, check and activate the adapters of a store.", no_args_is_help=True)
+app = typer.Typer(
+    help="List, check, activate and share the adapters of a store.", no_args_is_help=True
+)
 Source = Annotated[str, typer.Argument(help="A folder, a domain, or domain@version.")]
 STORE = Path("adapters")
 
@@ -83,3 +85,74 @@ def diff(first: Source, second: Source, store: options.Store = STORE) -> None:
     from peftrank.store import resolve
 
     typer.echo(json.dumps(difference(resolve(first, store), resolve(second, store)), indent=2))
+
+
+@app.command()
+def push(
+    source: Source,
+    repo: Annotated[str, typer.Argument(metavar="USER/REPO", help="On the Hugging Face Hub.")],
+    store: options.Store = STORE,
+    license_: Annotated[
+        str | None,
+        typer.Option("--license", help="Its identifier on the Hub; absent: the card's."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository a private one.")
+    ] = False,
+    branch: Annotated[
+        str | None, typer.Option("--branch", "--revision", help="Absent: main.")
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be uploaded; contact nothing.")
+    ] = False,
+) -> None:
+    """Upload an adapter to the Hugging Face Hub and print the commit's address."""
+    from peftrank import hub
+    from peftrank.store import resolve
+
+    files = hub.prepare(resolve(source, store), repo, license=license_)
+    if dry_run:
+        for name, data in files.items():
+            typer.echo(f"{len(data):>12,}  {name}")
+        typer.echo(f"{sum(map(len, files.values())):>12,}  bytes for {repo}; nothing was uploaded")
+        return
+    typer.echo(hub.push(files, repo, private=private, branch=branch, message=message))
+
+
+@app.command()
+def pull(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="USER/REPO[@REVISION]", help="Revision: a branch, tag or commit; absent: main."
+        ),
+    ],
+    store: options.Store = STORE,
+    domain: Annotated[
+        str | None, typer.Option(help="Keep it under this name; absent: the one it was made for.")
+    ] = None,
+    activate: Annotated[
+        bool, typer.Option("--activate/--no-activate", help="Put it into use.")
+    ] = True,
+    max_bytes: Annotated[
+        int, typer.Option(help="Refuse a larger adapter before the download.", min=1)
+    ] = 2**30,
+    allow_code: Annotated[
+        bool,
+        typer.Option("--allow-code", help="Accept a readout that is code outside PeftRank."),
+    ] = False,
+) -> None:
+    """Download an adapter from the Hugging Face Hub, check it, and add it to the store."""
+    from peftrank import hub
+    from peftrank.store import describe
+
+    path = hub.pull(
+        name, store, domain=domain, activate=activate, max_bytes=max_bytes, allow_code=allow_code
+    )
+    found = describe(path)
+    done = "saved and activated" if activate else "saved"
+    typer.echo(
+        f"{done} {path}: commit {found['hub']['commit']}, {found['method']['name']} for base "
+        f"{found['base']['name']}"
+    )
