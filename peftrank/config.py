@@ -274,7 +274,7 @@ def _yaml_reason(error: yaml.YAMLError) -> tuple[int, str]:
 
 
 def _check_options(config: Config) -> None:
-    given = {"methods": ("total_steps",), "readouts": ("feature_names",), "losses": ()}
+    given = {"methods": ("total_steps",), "readouts": ("feature_names",), "losses": ("reference",)}
     sections = {"methods": config.method, "readouts": config.readout, "losses": config.loss}
     for kind, section in sections.items():
         plugins.check_options(kind, section.name, section.options, given[kind])

@@ -164,6 +164,11 @@ def test_an_option_names_the_closest_one():
 def test_what_training_supplies_is_no_option():
     with pytest.raises(ConfigError, match="'total_steps'"):
         load_config(domain="social", overrides=parse_overrides(["method.total_steps=5"]))
+    with pytest.raises(ConfigError, match="unknown option 'reference' for losses 'softmax_dpo'"):
+        load_config(
+            domain="social",
+            overrides=parse_overrides(["loss.name=softmax_dpo", "loss.reference=1"]),
+        )
 
 
 def test_a_plugin_outside_the_package_is_named_by_module_and_object():

@@ -12,18 +12,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftrank.losses._terms import both, weighted_sum
+
 
 def listmle(scores: Tensor, labels: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
     """Returns sum_i [log sum_{j: label_j <= label_i} exp(s_j) - s_i] per slate.
 
-    The outer sum runs over candidates above the lowest label of their slate. All (S, N).
+    The outer sum runs over candidates above the lowest label of their slate. All (S, N);
+    `weights` multiply the outer sum's terms.
     """
+    scores = scores.masked_fill(~mask, 0.0)
     lowest = labels.masked_fill(~mask, float("inf")).amin(dim=-1, keepdim=True)
     above = mask & (labels > lowest)
-    rivals = mask.unsqueeze(-2) & (labels.unsqueeze(-2) <= labels.unsqueeze(-1))  # (S, N i, N j)
+    rivals = both(mask) & (labels.unsqueeze(-2) <= labels.unsqueeze(-1))
     floor = torch.finfo(scores.dtype).min
     denominators = torch.logsumexp(scores.unsqueeze(-2).masked_fill(~rivals, floor), dim=-1)
-    terms = torch.where(above, denominators - scores, torch.zeros_like(scores))
-    if weights is not None:
-        terms = terms * weights
-    return terms.sum(dim=-1)
+    return weighted_sum((denominators - scores).masked_fill(~above, 0.0), mask, weights)

@@ -1,4 +1,8 @@
-"""Every file in peftrank/losses keeps the contract of `peftrank.losses`."""
+"""Every file in peftrank/losses keeps the contract of `peftrank.losses` and its row in the docs."""
+
+import functools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,108 +13,230 @@ from hypothesis.extra.numpy import arrays
 from peftrank import plugins
 
 LOSSES = plugins.available("losses")
+DOCS = Path(__file__).parents[2] / "docs" / "losses.md"
+POINTWISE = ("bce", "mse")
+VARIANTS = [
+    ("listnet", {"gain": "softmax", "label_smoothing": 0.2}),
+    ("listnet", {"gain": "exponential", "normalise": False}),
+    ("bce", {"label_smoothing": 0.2}),
+    ("p_listmle", {"importance": "logarithmic"}),
+    ("lambdarank", {"k": 2}),
+    ("lambdaloss", {"scheme": "ndcg_loss1"}),
+    ("lambdaloss", {"scheme": "ndcg_loss2"}),
+    ("neural_ndcg", {"k": 2, "temperature": 0.5, "iterations": 5}),
+]
+CASES = [(name, {}) for name in LOSSES] + VARIANTS
+
+every_case = pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: "-".join([case[0], *map(str, case[1].values())])
+)
+every_seed = given(seed=st.integers(0, 10_000))
+few = settings(max_examples=10, deadline=None)
 
 
-def slates(seed: int, n_slates: int = 4, n: int = 6):
+def loss_of(case, slates):
+    """Returns the losses of slates, which are the arguments by name; `reference` where taken."""
+    name, options = case
+    if "reference" not in plugins.option_names("losses", name):
+        slates = {key: value for key, value in slates.items() if key != "reference"}
+    return plugins.load("losses", name)(**slates, **options)
+
+
+def value_and_gradient(case, slates):
+    scores = slates["scores"].detach().clone().requires_grad_()
+    values = loss_of(case, {**slates, "scores": scores})
+    (gradient,) = torch.autograd.grad(values.sum(), scores)
+    return values.detach(), gradient
+
+
+def make(seed, n_slates=4, n=6):
+    """Returns slates of 1 to n candidates, padded in any place, with graded and tied labels."""
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.randn(n_slates, n, generator=generator, dtype=torch.float64)
-    labels = torch.randint(0, 4, (n_slates, n), generator=generator).double()
-    lengths = torch.randint(1, n + 1, (n_slates,), generator=generator)
-    mask = torch.arange(n) < lengths[:, None]
-    return scores, labels.masked_fill(~mask, 0.0), mask
+    shape = (n_slates, n)
+
+    def normal():
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    mask = torch.rand(shape, generator=generator) < 0.7
+    mask[:, 2] = True
+    slates = {
+        "scores": normal(),
+        "labels": torch.randint(0, 4, shape, generator=generator).double(),
+        "weights": normal().exp(),
+        "reference": normal(),
+    }
+    return {**{k: v.masked_fill(~mask, 0.0) for k, v in slates.items()}, "mask": mask}
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_loss_is_one_finite_non_negative_number_per_slate(name):
-    scores, labels, mask = slates(0)
-    losses = plugins.load("losses", name)(scores, labels, mask)
+@every_case
+@few
+@every_seed
+def test_a_loss_is_one_finite_non_negative_number_per_slate(case, seed):
+    slates = {**make(seed), "weights": None}
+    losses = loss_of(case, slates)
     assert losses.shape == (4,)
     assert bool(torch.isfinite(losses).all())
     assert bool((losses >= -1e-12).all())
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10_000), filler=st.sampled_from([-1e4, -3.0, 0.0, 7.0, 1e4]))
-def test_padded_candidates_change_neither_value_nor_gradient(name, seed, filler):
-    loss = plugins.load("losses", name)
-    scores, labels, mask = slates(seed)
-    filled_scores = scores.masked_fill(~mask, filler).requires_grad_()
-    filled_labels = labels.masked_fill(~mask, abs(filler) / 1e4 * 3)
-    plain = scores.masked_fill(~mask, 0.0).requires_grad_()
-    a = loss(filled_scores, filled_labels, mask)
-    b = loss(plain, labels, mask)
-    torch.testing.assert_close(a, b)
-    a.sum().backward()
-    b.sum().backward()
-    torch.testing.assert_close(filled_scores.grad, plain.grad)
-    assert bool((filled_scores.grad[~mask] == 0).all())
+@every_case
+@few
+@given(
+    seed=st.integers(0, 10_000),
+    filler=st.sampled_from([float("nan"), float("inf"), -1e4, -3.0, 7.0, 1e4]),
+)
+def test_padded_candidates_change_neither_value_nor_gradient(case, seed, filler):
+    slates = make(seed)
+    mask = slates["mask"]
+    filled = {k: v if k == "mask" else v.masked_fill(~mask, filler) for k, v in slates.items()}
+    values, gradient = value_and_gradient(case, slates)
+    filled_values, filled_gradient = value_and_gradient(case, filled)
+    torch.testing.assert_close(filled_values, values)
+    torch.testing.assert_close(filled_gradient, gradient)
+    assert bool((filled_gradient[~mask] == 0).all())
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 10_000))
-def test_permuting_the_candidates_changes_nothing(name, seed):
-    loss = plugins.load("losses", name)
-    scores, labels, mask = slates(seed)
-    order = torch.randperm(scores.shape[1], generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(
-        loss(scores, labels, mask), loss(scores[:, order], labels[:, order], mask[:, order])
+@every_case
+@few
+@every_seed
+def test_a_slate_is_the_same_alone_and_unpadded(case, seed):
+    slates = make(seed, n_slates=2)
+    values, gradient = value_and_gradient(case, slates)
+    for i, mask in enumerate(slates["mask"]):
+        alone = {key: tensor[i : i + 1, mask] for key, tensor in slates.items()}
+        value, own_gradient = value_and_gradient(case, alone)
+        torch.testing.assert_close(value, values[i : i + 1])
+        torch.testing.assert_close(own_gradient[0], gradient[i, mask])
+
+
+@every_case
+@few
+@given(seed=st.integers(0, 10_000), tied=st.booleans())
+def test_permuting_candidates_permutes_gradients(case, seed, tied):
+    slates = make(seed)
+    if tied:
+        slates["scores"] = slates["scores"].round()
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
+    values, gradient = value_and_gradient(case, slates)
+    other_values, other_gradient = value_and_gradient(
+        case, {key: tensor[:, order] for key, tensor in slates.items()}
     )
+    torch.testing.assert_close(other_values, values)
+    torch.testing.assert_close(other_gradient, gradient[:, order])
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_cutting_a_batch_in_two_changes_no_slate(name):
-    loss = plugins.load("losses", name)
-    scores, labels, mask = slates(3)
-    whole = loss(scores, labels, mask)
-    halves = [loss(scores[i : i + 2], labels[i : i + 2], mask[i : i + 2]) for i in (0, 2)]
-    torch.testing.assert_close(whole, torch.cat(halves))
+@every_case
+@few
+@every_seed
+def test_a_loss_is_linear_in_the_weights(case, seed):
+    slates, other = make(seed), make(seed + 1)["weights"]
+
+    def weighted(weights):
+        return loss_of(case, {**slates, "weights": weights})
+
+    own, ones = slates["weights"], torch.ones_like(slates["weights"])
+    torch.testing.assert_close(weighted(own + 2 * other), weighted(own) + 2 * weighted(other))
+    torch.testing.assert_close(weighted(ones), weighted(None))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@every_case
+@few
+@every_seed
+def test_a_loss_falls_along_its_negative_gradient(case, seed):
+    slates = {**make(seed, n_slates=1), "weights": None}
+    value, gradient = value_and_gradient(case, slates)
+    largest = gradient.abs().max()
+    if largest > 1e-6:
+        lower = loss_of(case, {**slates, "scores": slates["scores"] - 1e-5 * gradient / largest})
+        assert float(lower) < float(value)
+    else:
+        assert float(value) < 10.0  # only a slate with nothing to learn has no gradient
+
+
+@every_case
 @given(
     scores=arrays("float32", (1, 5), elements=st.sampled_from([-1e4, -1.0, 0.0, 2.0, 1e4])),
     labels=arrays("float32", (1, 5), elements=st.sampled_from([0.0, 1.0, 4.0])),
 )
-@settings(max_examples=50, deadline=None)
-def test_extreme_scores_give_no_nan(name, scores, labels):
-    tensor = torch.from_numpy(scores).requires_grad_()
-    mask = torch.tensor([[True, True, True, True, False]])
-    value = plugins.load("losses", name)(tensor, torch.from_numpy(labels), mask).sum()
-    value.backward()
-    assert bool(torch.isfinite(value))
-    assert bool(torch.isfinite(tensor.grad).all())
+@settings(max_examples=20, deadline=None)
+def test_extreme_scores_give_finite_values_and_gradients(case, scores, labels):
+    slates = {
+        "scores": torch.from_numpy(scores),
+        "labels": torch.from_numpy(labels),
+        "mask": torch.tensor([[True, True, True, True, False]]),
+        "weights": torch.full((1, 5), 20.0),
+        "reference": torch.from_numpy(scores).flip(-1),
+    }
+    values, gradient = value_and_gradient(case, slates)
+    assert bool(torch.isfinite(values).all())
+    assert bool(torch.isfinite(gradient).all())
+
+
+@every_case
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradient_steps_rank_the_relevant_candidate_first(case, tied):
+    slates = {
+        "scores": torch.zeros(1, 4) if tied else torch.tensor([[0.5, -0.5, 0.0, 0.3]]),
+        "labels": torch.tensor([[0.0, 1.0, 0.0, 0.0]]),
+        "mask": torch.ones(1, 4, dtype=torch.bool),
+        "reference": torch.zeros(1, 4),
+    }
+    for _ in range(30):
+        _, gradient = value_and_gradient(case, slates)
+        slates["scores"] = slates["scores"] - 2.0 * gradient
+    assert int(slates["scores"].argmax()) == 1
+
+
+@every_case
+@pytest.mark.parametrize("without", ["relevant", "rivals", "candidates"])
+def test_a_slate_that_says_nothing_about_the_order_has_no_loss_and_no_gradient(case, without):
+    slates = {**make(1), "weights": None}
+    if without == "relevant":
+        slates["labels"] = torch.zeros_like(slates["labels"])
+    else:
+        slates["mask"] = torch.zeros_like(slates["mask"])
+        slates["mask"][:, 0] = without == "rivals"
+    values, gradient = value_and_gradient(case, slates)
+    if case[0] in POINTWISE and without != "candidates":
+        assert float(values.sum()) > 0
+    else:
+        assert values.tolist() == [0.0] * 4
+        assert bool((gradient == 0).all())
+
+
+@functools.cache
+def documented():
+    """Returns the rows of the table of losses: name -> column -> cell."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in DOCS.read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ")
+    ]
+    return {re.sub("`", "", row[0]): dict(zip(rows[0], row, strict=True)) for row in rows[1:]}
+
+
+def test_every_loss_has_one_row_in_the_documentation():
+    assert sorted(documented()) == list(LOSSES)
+
+
+@every_case
+@few
+@given(seed=st.integers(0, 10_000), shift=st.sampled_from([-30.0, 1.0, 200.0]))
+def test_adding_a_constant_to_all_scores_changes_what_is_documented(case, seed, shift):
+    slates = make(seed)
+    values, gradient = value_and_gradient(case, slates)
+    moved, moved_gradient = value_and_gradient(case, {**slates, "scores": slates["scores"] + shift})
+    if documented()[case[0]]["shift-invariant?"] == "yes":
+        torch.testing.assert_close(moved, values)
+        torch.testing.assert_close(moved_gradient, gradient)
+    else:
+        assert not torch.allclose(moved, values)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradient_steps_rank_the_relevant_candidate_first(name):
-    labels = torch.tensor([[0.0, 1.0, 0.0, 0.0]])
-    mask = torch.ones(1, 4, dtype=torch.bool)
-    scores = torch.tensor([[0.5, -0.5, 0.0, 0.3]], requires_grad=True)
-    for _ in range(200):
-        plugins.load("losses", name)(scores, labels, mask).sum().backward()
-        with torch.no_grad():
-            scores -= 0.5 * scores.grad
-        scores.grad = None
-    assert int(scores.argmax()) == 1
-
-
-@pytest.mark.parametrize("name", ["listnet", "listmle", "lambdarank"])
-def test_a_slate_without_order_has_no_loss(name):
-    scores = torch.randn(2, 3)
-    mask = torch.ones(2, 3, dtype=torch.bool)
-    losses = plugins.load("losses", name)(scores, torch.zeros(2, 3), mask)
-    assert losses.tolist() == [0.0, 0.0]
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_weights_of_one_change_nothing_and_weights_scale(name):
-    loss = plugins.load("losses", name)
-    scores, labels, mask = slates(5)
-    labels = torch.where(labels > 2, labels, torch.zeros_like(labels))
-    plain = loss(scores, labels, mask)
-    torch.testing.assert_close(loss(scores, labels, mask, torch.ones_like(scores)), plain)
-    doubled = loss(scores, labels, mask, torch.full_like(scores, 2.0))
-    assert bool((doubled >= plain - 1e-12).all())
-    assert float(doubled.sum()) > float(plain.sum())
+def test_grades_matter_where_it_is_documented(name):
+    mask = torch.ones(1, 6, dtype=torch.bool)
+    slates = {**make(0, n_slates=1), "mask": mask, "weights": None}
+    graded, binary = torch.tensor([[2.0, 1, 0, 0, 0, 0]]), torch.tensor([[1.0, 1, 0, 0, 0, 0]])
+    a, b = (loss_of((name, {}), {**slates, "labels": labels}) for labels in (graded, binary))
+    assert (not torch.allclose(a, b)) == (documented()[name]["graded?"] == "yes")
