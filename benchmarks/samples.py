@@ -108,28 +108,52 @@ def _groups(rows: list[evaluation.Evaluation], cold: list[int]) -> list[dict[str
 
 
 def table(results: dict[str, Any]) -> str:
-    """Returns the results as a Markdown table."""
+    """Returns the results as a Markdown table: a row per domain and kind of list."""
+    names = [*_floors(results), *METHODS]
     lines = [
-        f"nDCG@10 [95% interval] of {results['machine']}.",
+        f"nDCG@10, ± half the width of the 95% interval; {results['machine']}.",
         "",
-        "| domain | ranking | all test lists | cold items only | training |",
-        "|---|---|---|---|---|",
+        f"| domain | test lists | {' | '.join(names)} |",
+        f"|---|---|{'--:|' * len(names)}",
     ]
     for domain, measured in results["domains"].items():
-        everything, cold = (group["rows"] for group in measured["baselines"])
-        for row, cold_row in zip(everything, cold, strict=True):
-            cells = (_cell(row), _cell(cold_row))
-            lines.append(f"| {domain} | {row['name']} | {cells[0]} | {cells[1]} | |")
+        for index, group in enumerate(measured["baselines"]):
+            rows = {row["name"]: row for row in group["rows"]}
+            for method, pair in measured["methods"].items():
+                rows[method] = pair["groups"][index]["rows"][0]
+            cells = [_cell(rows[name]) if name in rows else "" for name in names]
+            kind = f"{group['name']} ({group['counted']})"
+            lines.append(f"| {domain} | {kind} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _verdict(results)])
+
+
+def _floors(results: dict[str, Any]) -> list[str]:
+    measured = next(iter(results["domains"].values()))
+    return [row["name"] for row in measured["baselines"][0]["rows"]]
+
+
+def _verdict(results: dict[str, Any]) -> str:
+    """Says which pairs' intervals do not lie above those of the untrained base and popularity."""
+    pairs, overlapping = 0, []
+    for domain, measured in results["domains"].items():
         for method, pair in measured["methods"].items():
-            cells = tuple(_cell(group["rows"][0]) for group in pair["groups"])
-            cost = f"{pair['steps']} steps, {pair['training_seconds'] / 60:.1f} min"
-            lines.append(f"| {domain} | **{method}** | {cells[0]} | {cells[1]} | {cost} |")
-    return "\n".join(lines)
+            pairs += 1
+            for group, floors in zip(pair["groups"], measured["baselines"], strict=True):
+                low = group["rows"][0]["metrics"][METRIC]["low"]
+                overlapping += [
+                    f"{domain}/{method} and {floor['name']} on {group['name']} lists"
+                    for floor in floors["rows"]
+                    if floor["name"].startswith(("zero_shot", "popularity"))
+                    if floor["metrics"][METRIC]["high"] >= low
+                ]
+    if not overlapping:
+        return f"The intervals of all {pairs} pairs lie above those of zero_shot and popularity."
+    return f"{pairs} pairs; intervals overlap for: {'; '.join(overlapping)}."
 
 
 def _cell(row: dict[str, Any]) -> str:
     value = row["metrics"][METRIC]
-    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+    return f"{value['mean']:.3f} ± {(value['high'] - value['low']) / 2:.3f}"
 
 
 def _read(path: Path) -> dict[str, Any]:
