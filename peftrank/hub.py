@@ -44,6 +44,7 @@ _NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?", re.
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _TOKEN = re.compile(r"\bhf_\w+|(?<=Bearer )\S+")
+_RESET = re.compile(r";\s*t=(\d+)")  # in RateLimit, which the Hub sends: "api";r=0;t=55
 _HUB_FILES = (".gitattributes",)  # the Hub puts it into every new repository
 _MAX_TEXT_BYTES = 10 * 2**20
 _TIMEOUT_SECONDS = 30.0
@@ -425,7 +426,8 @@ def _answered(error: HfHubHTTPError, repo: str, revision: str | None, act: str) 
     if status == 412:
         return f"{repo} was changed meanwhile. Nothing was committed; try again."
     if status == 429:
-        wait = error.response.headers.get("Retry-After", "")
+        headers = error.response.headers
+        wait = headers.get("Retry-After") or "".join(_RESET.findall(headers.get("RateLimit", "")))
         when = f"in {wait} seconds" if wait.isdigit() else "later"
         return f"cannot {act} {repo}: too many requests (429). Try again {when}."
     if status >= 500:

@@ -53,10 +53,14 @@ class Hub:
     """The state of the stand-in, and what was asked of it."""
 
     def __init__(self):
+        self.url = self.storage = None
+        self.forget()
+
+    def forget(self):
+        """Makes it as it was in the beginning, at the same address."""
         self.repos, self.stored, self.faults, self.requests = {}, {}, [], []
         self.listed_sizes, self.after_info = {}, None
         self.token = "hf_" + "s3cr3t" * 5
-        self.url = self.storage = None
 
     def repo(self, name, files=None, **options):
         """Makes a repository as the Hub does, with .gitattributes; then a commit with the files."""
@@ -115,7 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.query, path = parse_qs(parts.query), unquote(parts.path)
         line = f"{self.command} {path}"
         host = f"http://{self.headers['Host']}"
-        self.hub.requests.append((line, host, dict(self.headers)))
+        headers = {key.lower(): value for key, value in self.headers.items()}
+        self.hub.requests.append((line, host, headers))
         self.cut = None
         for fault in self.hub.faults:
             if fault.times > 0 and re.search(fault.pattern, line):
