@@ -83,27 +83,23 @@ def linear_targets(model: PreTrainedModel, targets: str, layers: str) -> list[st
     Raises:
         ConfigError: nothing matches; the message lists the names there are.
     """
-    check_targets(targets)
-    check_layers(layers)
-    prefix, blocks = find_blocks(model)
-    names = [
-        (index, name)
-        for index in selected(layers, len(blocks))
-        for name in _linear_names(blocks[index])
-    ]
-    chosen = [(i, name) for i, name in names if _matches(targets, name, f"{prefix}.{i}.{name}")]
-    if not chosen:
-        raise ConfigError(
-            f"method.targets={targets!r} with method.layers={layers!r} matches no Linear layer of "
-            f"{type(model).__name__}. There are, in each block of {prefix!r}: "
-            f"{', '.join(sorted({name for _, name in names}))}. Expected {_EXPECTED}."
-        )
+    prefix, chosen = _chosen(model, targets, layers)
     last_names = sorted({name.rpartition(".")[2] for _, name in chosen})
     ends = tuple("." + name for name in last_names)
     matched = sum(name.endswith(ends) for name, _ in model.named_modules())
     if matched == len(chosen) and task_type(model) == "CAUSAL_LM":
         return last_names
     return path_pattern(prefix, chosen)
+
+
+def target_paths(model: PreTrainedModel, targets: str, layers: str) -> list[str]:
+    """Returns the paths of the Linear layers that `linear_targets` would name, in their order.
+
+    Raises:
+        ConfigError: nothing matches; the message lists the names there are.
+    """
+    prefix, chosen = _chosen(model, targets, layers)
+    return [f"{prefix}.{index}.{name}" for index, name in chosen]
 
 
 def path_pattern(prefix: str, chosen: Iterable[tuple[int, str]]) -> str:
@@ -127,6 +123,26 @@ def path_pattern(prefix: str, chosen: Iterable[tuple[int, str]]) -> str:
 def task_type(model: PreTrainedModel) -> str:
     """Returns PEFT's task type: CAUSAL_LM for a model with a vocabulary head."""
     return "FEATURE_EXTRACTION" if model.get_output_embeddings() is None else "CAUSAL_LM"
+
+
+def _chosen(model: PreTrainedModel, targets: str, layers: str) -> tuple[str, list[tuple[int, str]]]:
+    """Returns the path of the blocks, and (index, name in the block) of each chosen Linear."""
+    check_targets(targets)
+    check_layers(layers)
+    prefix, blocks = find_blocks(model)
+    names = [
+        (index, name)
+        for index in selected(layers, len(blocks))
+        for name in _linear_names(blocks[index])
+    ]
+    chosen = [(i, name) for i, name in names if _matches(targets, name, f"{prefix}.{i}.{name}")]
+    if not chosen:
+        raise ConfigError(
+            f"method.targets={targets!r} with method.layers={layers!r} matches no Linear layer of "
+            f"{type(model).__name__}. There are, in each block of {prefix!r}: "
+            f"{', '.join(sorted({name for _, name in names}))}. Expected {_EXPECTED}."
+        )
+    return prefix, chosen
 
 
 def _linear_names(block: nn.Module) -> list[str]:

@@ -1,12 +1,13 @@
 """LoRA (arXiv 2106.09685): low-rank updates of linear layers.
 
-Rank-stabilised scaling (rsLoRA, arXiv 2312.03732) and weight decomposition (DoRA, arXiv
-2402.09353) are options. It makes the configuration and reads tensors; PEFT does the rest. It does
-not train.
+Rank-stabilised scaling (rsLoRA, arXiv 2312.03732), weight decomposition (DoRA, arXiv 2402.09353),
+a faster B (LoRA+, arXiv 2402.12354) and a start from the base's weights (`_principal`) are options.
+It makes the configuration and reads tensors; PEFT does the rest. It does not train.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -15,12 +16,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from peftrank.errors import ConfigError
-from peftrank.methods import _state
-from peftrank.methods._targets import check_layers, check_targets, linear_targets, task_type
+from peftrank.methods import _principal, _state
+from peftrank.methods._targets import (
+    check_layers,
+    check_targets,
+    linear_targets,
+    target_paths,
+    task_type,
+)
+from peftrank.plugins import did_you_mean
+
+_ZERO_INITS = ("kaiming", "gaussian")
 
 
 class Lora:
-    """LoRA. The model starts as the base exactly (with dora, to rounding): B starts at zero."""
+    """LoRA. The model starts as the base exactly; with dora, pissa and olora, to rounding."""
 
     learning_rate: ClassVar[float] = 2e-3
     """Default peak learning rate of the adapter's weights."""
@@ -36,6 +46,10 @@ class Lora:
         layers: str = "all",
         rslora: bool = False,
         dora: bool = False,
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, float] | None = None,
+        b_ratio: float = 1,
+        init: str = "kaiming",
     ):
         """Checks the options; looks at no model.
 
@@ -48,9 +62,16 @@ class Lora:
             layers: all, or top-K for the K blocks nearest the output.
             rslora: Scale by alpha / sqrt(r).
             dora: Learn each output's magnitude apart from its direction.
+            rank_pattern: Another r by module: the end of a path in the base, or a pattern for it
+                (`q_proj`, `layers.11.mlp.up_proj`); of several that match, the first counts.
+            alpha_pattern: Another alpha, likewise.
+            b_ratio: How many times as fast as A does B learn (LoRA+). Adam's steps do not depend
+                on the size of gradients, so it is a factor on alpha, B being zero at the start.
+            init: kaiming or gaussian draw A and set B to zero; pissa and olora start from the
+                base's weights, and the file then holds twice the rank.
 
         Raises:
-            ConfigError: an option is out of range.
+            ConfigError: an option is out of range, or two contradict each other.
         """
         if r < 1:
             raise ConfigError(f"method.r={r}: expected a rank of at least 1.")
@@ -58,22 +79,35 @@ class Lora:
             raise ConfigError(f"method.alpha={alpha}: expected a number above 0.")
         if not 0.0 <= dropout < 1.0:
             raise ConfigError(f"method.dropout={dropout}: expected at least 0 and below 1.")
+        if b_ratio <= 0:
+            raise ConfigError(f"method.b_ratio={b_ratio}: expected a number above 0.")
         check_targets(targets)
         check_layers(layers)
+        _check_pattern("rank_pattern", rank_pattern or {}, 1, "a rank of at least 1")
+        _check_pattern("alpha_pattern", alpha_pattern or {}, 0, "a number above 0")
+        _check_init(init, dora=dora, b_ratio=b_ratio)
         self.total_steps = total_steps
         self.r, self.alpha, self.dropout = r, alpha, dropout
         self.targets, self.layers = targets, layers
         self.rslora, self.dora = rslora, dora
+        self.rank_pattern, self.alpha_pattern = rank_pattern or {}, alpha_pattern or {}
+        self.b_ratio, self.init = b_ratio, init
 
     def config(self, base_model: PreTrainedModel) -> PeftConfig:
         """Returns PEFT's configuration for a base.
 
         Raises:
-            ConfigError: `targets` or `layers` match nothing in it.
+            ConfigError: `targets`, `layers` or a key of a pattern match nothing in it.
         """
-        return LoraConfig(
+        paths = target_paths(base_model, self.targets, self.layers)
+        _check_matches("rank_pattern", self.rank_pattern, paths)
+        _check_matches("alpha_pattern", self.alpha_pattern, paths)
+        config = LoraConfig(
             r=self.r,
-            lora_alpha=self.alpha,
+            lora_alpha=self.alpha * self.b_ratio,
+            rank_pattern=dict(self.rank_pattern),
+            alpha_pattern={key: a * self.b_ratio for key, a in self.alpha_pattern.items()},
+            init_lora_weights="gaussian" if self.init == "gaussian" else True,
             lora_dropout=self.dropout,
             use_rslora=self.rslora,
             use_dora=self.dora,
@@ -81,6 +115,7 @@ class Lora:
             task_type=task_type(base_model),
             base_model_name_or_path=base_model.name_or_path or None,
         )
+        return config if self.init in _ZERO_INITS else _principal.prepare(config, self.init)
 
     def penalty(self, model: PeftModel) -> Tensor | None:
         """Returns None: LoRA adds nothing to the loss."""
@@ -104,6 +139,49 @@ class Lora:
 
     def export(self, model: PeftModel) -> tuple[PeftConfig, dict[str, Tensor]]:
         """Returns PEFT's file format: configuration and tensors (dropout 0, for hot-swapping)."""
-        config, tensors = _state.exported(model)
+        from_base = self.init in _principal.INITS
+        config, tensors = _principal.exported(model) if from_base else _state.exported(model)
         config.lora_dropout = 0.0
         return config, tensors
+
+
+def _check_init(init: str, *, dora: bool, b_ratio: float) -> None:
+    known = (*_ZERO_INITS, *_principal.INITS)
+    if init not in known:
+        raise ConfigError(
+            f"method.init={init!r}{did_you_mean(init, known)}: expected one of {', '.join(known)}."
+        )
+    if init in _ZERO_INITS:
+        return
+    if dora:
+        raise ConfigError(
+            f"method.init={init} and method.dora contradict each other: DoRA's magnitudes are "
+            "those of a weight that nothing was taken from. Leave one of them out."
+        )
+    if b_ratio != 1:
+        raise ConfigError(
+            f"method.init={init} and method.b_ratio={b_ratio} contradict each other: LoRA+ needs a "
+            "B that starts at zero. Leave one of them out."
+        )
+
+
+def _check_pattern(key: str, pattern: Mapping[str, float], least: int, expected: str) -> None:
+    for name, value in pattern.items():
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise ConfigError(f"method.{key} has {name!r}, no valid pattern: {error}.") from None
+        if value < least or value <= 0:
+            raise ConfigError(f"method.{key} has {name!r}: {value}; expected {expected}.")
+
+
+def _check_matches(key: str, pattern: Mapping[str, float], paths: list[str]) -> None:
+    for name in pattern:
+        # PEFT's rule, in get_pattern_key.
+        if not any(re.match(rf"(.*\.)?({name})$", path) for path in paths):
+            names = sorted({path.rpartition(".")[2] for path in paths})
+            raise ConfigError(
+                f"method.{key} has {name!r}{did_you_mean(name, names)}, which matches none of the "
+                f"{len(paths)} modules that method.targets and method.layers choose. Expected the "
+                f"end of a path such as {paths[0]!r}; last names: {', '.join(names)}."
+            )
