@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,19 @@ from torch.utils.hooks import RemovableHandle
 
 from peftrank.base import Base
 from peftrank.errors import AdapterError
-from peftrank.methods._sites import Reads, attach, bottleneck_forward, bottleneck_sites
+from peftrank.methods._norms import Weights, attach_norm, is_norm
+from peftrank.methods._sites import (
+    Reads,
+    attach,
+    bottleneck_forward,
+    bottleneck_sites,
+    norm_names,
+)
 from peftrank.peft_files import AdapterFiles, LoraLayer, lora_layers
 from peftrank.plugins import did_you_mean
 
-_Place = tuple[str, Reads | None]
-"""A module's path, and what a bottleneck site reads there; None for a LoRA layer."""
+_Place = tuple[str, Reads | Literal["lora", "norm"]]
+"""A module's path, and what is done there; of a bottleneck site, what it reads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +54,8 @@ class Banked:
     """By module path: (input, output of the base's module) -> output."""
     sites: Mapping[tuple[str, Reads], Callable[[Tensor], Tensor]]
     """By module path and reads: h -> what is added."""
+    norms: Mapping[str, Weights]
+    """By module path: the weights that a normalization layer uses in place of its own."""
     nbytes: int
 
 
@@ -154,7 +163,7 @@ class Bank:
                 )
             table[path], size = _lora_change(linear, layer)
             nbytes += size
-        return Banked(name, table, {}, nbytes)
+        return Banked(name, table, {}, {}, nbytes)
 
     def _bottleneck(self, name: str, files: AdapterFiles) -> Banked:
         table, nbytes = {}, 0
@@ -176,7 +185,24 @@ class Bank:
                 scale=site.scale,
             )
             nbytes += sum(t.nbytes for t in (down_w, down_b, up_w, up_b))
-        return Banked(name, {}, table, nbytes)
+        norms = {
+            path: self._norm(name, path, {part: files.tensors[n] for part, n in found.items()})
+            for path, found in norm_names(files.tensors).items()
+        }
+        nbytes += sum(t.nbytes for weights in norms.values() for t in weights.values())
+        return Banked(name, {}, table, norms, nbytes)
+
+    def _norm(self, name: str, path: str, weights: Weights) -> Weights:
+        module = self._module(name, path)
+        own = {part: tuple(p.shape) for part, p in module.named_parameters(recurse=False)}
+        given = {part: tuple(t.shape) for part, t in weights.items()}
+        if not is_norm(module) or given != own:
+            raise AdapterError(
+                f"adapter {name!r} has normalization weights {given} for {path!r}, which is a "
+                f"{type(module).__name__} with {own}. It belongs to another base."
+            )
+        weight = module.get_parameter("weight")
+        return {part: _placed(t, weight.device).to(weight.dtype) for part, t in weights.items()}
 
     def _module(self, name: str, path: str) -> nn.Module:
         if path not in self._modules:
@@ -202,13 +228,17 @@ class Bank:
         # A hook stays until close(), although its adapter may go: removing one under a running
         # forward pass is not safe, and an idle one costs a microsecond.
         for path in adapter.lora:
-            if (path, None) not in self._hooks:
+            if (path, "lora") not in self._hooks:
                 hook = partial(self._on_linear, path)
-                self._hooks[path, None] = self._modules[path].register_forward_hook(hook)
+                self._hooks[path, "lora"] = self._modules[path].register_forward_hook(hook)
         for path, reads in adapter.sites:
             if (path, reads) not in self._hooks:
                 change = partial(self._change, (path, reads))
                 self._hooks[path, reads] = attach(self._modules[path], reads, change)
+        for path in adapter.norms:
+            if (path, "norm") not in self._hooks:
+                weights = partial(self._weights, path)
+                self._hooks[path, "norm"] = attach_norm(self._modules[path], weights)
 
     def _on_linear(
         self, path: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
@@ -221,6 +251,10 @@ class Bank:
         adapter = self._in_use.get()
         change = None if adapter is None else adapter.sites.get(place)
         return None if change is None else change(h)
+
+    def _weights(self, path: str) -> Weights | None:
+        adapter = self._in_use.get()
+        return None if adapter is None else adapter.norms.get(path)
 
 
 def _lora_change(

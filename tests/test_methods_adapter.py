@@ -10,13 +10,15 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 
-from peftrank.base import base_from_model
+from peftrank.bank import Bank
+from peftrank.base import base_from_model, state_hash
 from peftrank.errors import AdapterError, ConfigError
 from peftrank.methods import _registration
 from peftrank.methods._bottleneck import BottleneckLayer
 from peftrank.methods._sites import attach, bottleneck_forward, bottleneck_sites
 from peftrank.methods.adapter import Adapter
 from peftrank.methods.lora import Lora
+from peftrank.peft_files import AdapterFiles
 
 KINDS = ["houlsby", "pfeiffer", "parallel"]
 on_both = pytest.mark.parametrize("base", ["tiny_decoder", "tiny_encoder"], indirect=True)
@@ -336,6 +338,44 @@ def test_the_file_alone_says_where_and_how_to_apply_it(base, kind, tmp_path):
 
         attach(untouched.model.get_submodule(site.path), site.reads, change)
     torch.testing.assert_close(hidden(untouched), hidden(base), rtol=0, atol=0)
+
+
+@on_both
+@torch.no_grad()
+def test_layernorm_trains_copies_that_leave_with_the_adapter(base):
+    before, plain, by_hand = state_hash(base.model), hidden(base), copy_of(base)
+    method, model = start(base, "parallel", layernorm=True)
+    config, tensors = method.export(model)
+    norms = {name: t for name, t in tensors.items() if ".norm_" in name}
+    others = {name: t for name, t in tensors.items() if name not in norms}
+    assert len(norms) == (2 * 2 if base.is_decoder else 2 * 2 * 2)  # BERT's have a bias too
+    for name, value in norms.items():
+        path = name.removeprefix("base_model.model.").replace("bottleneck.norm_", "")
+        by_hand.model.get_parameter(path).copy_(value)
+    bank = Bank(by_hand)
+    bank.add("news", AdapterFiles(config.to_dict(), others, {}, {}))
+    with bank.using("news"):
+        assert torch.equal(hidden(base), hidden(by_hand))
+    with model.disable_adapter():
+        assert torch.equal(hidden(base), plain)
+    model.unload()
+    assert torch.equal(hidden(base), plain)
+    assert state_hash(base.model) == before
+
+
+def test_the_bank_refuses_normalization_weights_that_do_not_fit(tiny_decoder):
+    served = Bank(copy_of(tiny_decoder))
+    method, model = start(tiny_decoder, layernorm=True)
+    config, tensors = method.export(model)
+    name = "base_model.model.model.layers.0.input_layernorm.bottleneck.norm_weight"
+    for wrong in (
+        {**tensors, name: torch.ones(31)},
+        {**tensors, name.replace("weight", "bias"): torch.ones(32)},
+        {**tensors, name.replace("input_layernorm", "mlp.up_proj"): torch.ones(32)},
+    ):
+        with pytest.raises(AdapterError, match="belongs to another base"):
+            served.add("news", AdapterFiles(config.to_dict(), wrong, {}, {}))
+    served.add("news", AdapterFiles(config.to_dict(), tensors, {}, {}))
 
 
 def test_files_of_another_method_are_refused(tiny_decoder, tmp_path):

@@ -1,8 +1,9 @@
 """A PEFT tuner for bottleneck adapters: `peft_type: BOTTLENECK`.
 
 The target module stays what and where it is. The adapter becomes its child `bottleneck`, and a
-hook on the target applies it, so no name in the base changes and LoRA files keep fitting. PEFT
-finds the child by its class, so get_peft_model, save_pretrained, from_pretrained, set_adapter,
+hook on the target applies it, so no name in the base changes and LoRA files keep fitting. A target
+that is a normalization layer gets weights of the adapter's own in the same way. PEFT finds the
+child by its class, so get_peft_model, save_pretrained, from_pretrained, set_adapter,
 disable_adapter, delete_adapter and unload work as for PEFT's own methods.
 
 It does not know which modules are targets (`_sites`), nor how it is trained. It relies on PEFT's
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from peftrank.errors import AdapterError, ConfigError
+from peftrank.methods._norms import Weights, attach_norm, is_norm
 from peftrank.methods._sites import (
     ACTIVATIONS,
     CHILD,
@@ -71,6 +73,8 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]
     activation: str = field(default="gelu")
     scale: float = field(default=1.0)
     dropout: float = field(default=0.0)
+    layernorm: bool = field(default=False)
+    """Whether normalization layers are among the targets; for readers."""
     # PEFT reads these of every configuration.
     exclude_modules: list[str] | str | None = field(default=None)
     layers_to_transform: list[int] | int | None = field(default=None)
@@ -143,6 +147,11 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             total = one if total is None else total + one
         return total
 
+    @property
+    def empty(self) -> bool:
+        """Whether no adapter is here."""
+        return len(self.down) == 0
+
     def detach(self) -> None:
         """Takes the hooks out of the target."""
         for handle in self.handles.values():
@@ -163,12 +172,71 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         raise _not_mergeable()
 
 
+class NormLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """The adapters' own weights of one normalization layer, by adapter name."""
+
+    adapter_layer_names = ("norm_weight", "norm_bias")
+    other_param_names = ()
+
+    def __init__(self, adapter_name: str) -> None:
+        super().__init__()
+        self.norm_weight = nn.ParameterDict()
+        self.norm_bias = nn.ParameterDict()
+        self.handle: RemovableHandle | None = None
+        self.merged_adapters: list[str] = []
+        self._active_adapter = adapter_name
+
+    def update_layer(self, adapter_name: str, config: BottleneckConfig, target: nn.Module) -> None:
+        """Adds a copy of the target's weights, and the hook that makes `target` use it."""
+        for name, held in (("weight", self.norm_weight), ("bias", self.norm_bias)):
+            parameter = target._parameters.get(name)
+            if parameter is not None:
+                held[adapter_name] = nn.Parameter(parameter.detach().float().clone())
+        if self.handle is None:
+            self.handle = attach_norm(target, self.chosen)
+        active = cast(list[str], self.active_adapters)
+        BaseTunerLayer.set_adapter(self, active, inference_mode=config.inference_mode)
+
+    def chosen(self) -> Weights | None:
+        """Returns the weights of the last active adapter that has some here, or None."""
+        if self.disable_adapters:
+            return None
+        names = [n for n in cast(list[str], self.active_adapters) if n in self.norm_weight]
+        if not names:
+            return None
+        parts = {"weight": self.norm_weight, "bias": self.norm_bias}
+        return {part: held[names[-1]] for part, held in parts.items() if names[-1] in held}
+
+    @property
+    def empty(self) -> bool:
+        """Whether no adapter has weights here."""
+        return len(self.norm_weight) == 0
+
+    def detach(self) -> None:
+        """Takes the hook out of the target."""
+        if self.handle is not None:
+            self.handle.remove()
+
+    @property
+    def weight(self) -> Tensor:
+        # PEFT's version looks for a wrapped layer and would ask itself without end.
+        raise AttributeError("an adapter's norm wraps no layer and has no weight of its own")
+
+    @property
+    def bias(self) -> Tensor:
+        raise AttributeError("an adapter's norm wraps no layer and has no bias of its own")
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raises AdapterError."""
+        raise _not_mergeable()
+
+
 class BottleneckModel(BaseTuner):  # type: ignore[misc]
     """PEFT's tuner for bottleneck adapters."""
 
     # With the dot, PEFT's walk visits the child itself and skips what is inside it.
     prefix = CHILD + "."
-    tuner_layer_cls = BottleneckLayer
+    tuner_layer_cls = (BottleneckLayer, NormLayer)
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's own declaration
 
     def _create_and_replace(
@@ -183,14 +251,14 @@ class BottleneckModel(BaseTuner):  # type: ignore[misc]
     ) -> None:
         layer = target._modules.get(CHILD)
         if layer is None:
-            layer = BottleneckLayer(adapter_name)
+            layer = (NormLayer if is_norm(target) else BottleneckLayer)(adapter_name)
             target.add_module(CHILD, layer)
-        cast(BottleneckLayer, layer).update_layer(adapter_name, peft_config, target)
+        cast(BottleneckLayer | NormLayer, layer).update_layer(adapter_name, peft_config, target)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; a module left without any gets its hook and child removed."""
         super().delete_adapter(adapter_name)
-        self._remove(lambda layer: not layer.down)
+        self._remove(lambda layer: layer.empty)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:  # noqa: ANN401
@@ -219,10 +287,10 @@ class BottleneckModel(BaseTuner):  # type: ignore[misc]
             del self.model.peft_config
         return cast(nn.Module, self.model)
 
-    def _remove(self, choose: Callable[[BottleneckLayer], bool]) -> None:
+    def _remove(self, choose: Callable[[BottleneckLayer | NormLayer], bool]) -> None:
         for module in list(self.model.modules()):
             layer = module._modules.get(CHILD)
-            if isinstance(layer, BottleneckLayer) and choose(layer):
+            if isinstance(layer, BottleneckLayer | NormLayer) and choose(layer):
                 layer.detach()
                 del module._modules[CHILD]
 

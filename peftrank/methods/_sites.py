@@ -42,6 +42,7 @@ CHILD = "bottleneck"
 """Name of the child module that holds the adapter's weights in training, and in tensor names."""
 PARTS = ("down.weight", "down.bias", "up.weight", "up.bias")
 
+_NORM_KEY = re.compile(rf"base_model\.model\.(?P<path>.+)\.{CHILD}\.norm_(?P<part>weight|bias)")
 _KEY = re.compile(rf"base_model\.model\.(?P<path>.+)\.{CHILD}\.(?P<part>{'|'.join(PARTS)})")
 
 
@@ -59,7 +60,7 @@ class Site:
 
 
 def bottleneck_sites(config: Mapping[str, Any], names: Iterable[str]) -> list[Site]:
-    """Returns the sites of an adapter file, in the order of `names`.
+    """Returns the sites of an adapter file, in the order of `names`; not those of norms.
 
     Args:
         config: The content of adapter_config.json.
@@ -82,6 +83,8 @@ def bottleneck_sites(config: Mapping[str, Any], names: Iterable[str]) -> list[Si
     found: dict[str, set[str]] = {}
     for name in names:
         match = _KEY.fullmatch(name)
+        if match is None and _NORM_KEY.fullmatch(name):
+            continue
         if match is None:
             raise AdapterError(
                 f"tensor {name!r} is no part of a bottleneck adapter. Expected names such as "
@@ -92,6 +95,15 @@ def bottleneck_sites(config: Mapping[str, Any], names: Iterable[str]) -> list[Si
         if missing := [part for part in PARTS if part not in parts]:
             raise AdapterError(f"the bottleneck adapter at {path!r} lacks {', '.join(missing)}")
     return [Site(path, reads, str(activation), float(scale), _names(path)) for path in found]
+
+
+def norm_names(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Returns the tensor names of an adapter file that are a norm's, by path and parameter."""
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        if match := _NORM_KEY.fullmatch(name):
+            found.setdefault(match["path"], {})[match["part"]] = name
+    return found
 
 
 def block_sites(block: nn.Module, kind: str) -> tuple[tuple[str, ...], Reads]:

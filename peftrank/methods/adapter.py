@@ -1,9 +1,11 @@
 """Bottleneck adapters: small two-layer networks beside or behind the sub-layers of a block.
 
 kinds: houlsby (arXiv 1902.00751) behind attention and feed-forward, pfeiffer (2005.00247) behind
-the feed-forward only, parallel (2110.04366) beside the feed-forward. Importing this module makes
-PEFT know their `peft_type: BOTTLENECK`. It makes the configuration and reads tensors; the tuner
-is in `_bottleneck`, the places in `_sites`.
+the feed-forward only, parallel (2110.04366) beside the feed-forward; the scaled parallel adapter of
+that paper is `kind: parallel` with `scale: 4`. With `layernorm` the normalization layers of the
+adapted blocks train too, as in 1902.00751, but as copies that only this adapter uses. Importing
+this module makes PEFT know their `peft_type: BOTTLENECK`. It makes the configuration and reads
+tensors; the tuner is in `_bottleneck`, the places in `_sites`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from transformers import PreTrainedModel
 from peftrank.errors import ConfigError
 from peftrank.methods import _state
 from peftrank.methods._bottleneck import BottleneckConfig, register
+from peftrank.methods._norms import block_norms
 from peftrank.methods._sites import ACTIVATIONS, KINDS, block_sites
 from peftrank.methods._targets import check_layers, find_blocks, path_pattern, selected, task_type
 
@@ -41,6 +44,7 @@ class Adapter:
         dropout: float = 0.0,
         scale: float = 1.0,
         layers: str = "all",
+        layernorm: bool = False,
     ):
         """Checks the options; looks at no model.
 
@@ -53,6 +57,7 @@ class Adapter:
             dropout: Probability of zeroing an element of the bottleneck while training.
             scale: Factor of the adapter's output; arXiv 2110.04366 uses 4 with parallel.
             layers: all, or top-K for the K blocks nearest the output.
+            layernorm: Also train the normalization layers of these blocks.
 
         Raises:
             ConfigError: an option is out of range, or both `size` and `reduction` are given.
@@ -78,7 +83,7 @@ class Adapter:
         self.total_steps = total_steps
         self.kind, self.size, self.reduction = kind, size, reduction
         self.activation, self.dropout, self.scale = activation, dropout, scale
-        self.layers = layers
+        self.layers, self.layernorm = layers, layernorm
 
     def config(self, base_model: PreTrainedModel) -> PeftConfig:
         """Returns PEFT's configuration for a base.
@@ -89,7 +94,8 @@ class Adapter:
         prefix, blocks = find_blocks(base_model)
         places, chosen = [block_sites(block, self.kind) for block in blocks], []
         for index in selected(self.layers, len(blocks)):
-            chosen += [(index, path) for path in places[index][0]]
+            norms = block_norms(blocks[index]) if self.layernorm else ()
+            chosen += [(index, path) for path in (*places[index][0], *norms)]
         hidden_size = base_model.config.get_text_config().hidden_size
         return BottleneckConfig(
             target_modules=path_pattern(prefix, chosen),
@@ -100,6 +106,7 @@ class Adapter:
             activation=self.activation,
             scale=float(self.scale),
             dropout=self.dropout,
+            layernorm=self.layernorm,
             task_type=task_type(base_model),
             base_model_name_or_path=base_model.name_or_path or None,
         )

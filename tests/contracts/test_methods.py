@@ -14,6 +14,7 @@ from peftrank.peft_files import AdapterFiles
 
 CASES = {
     **{name: (name, {}) for name in plugins.available("methods")},
+    "adapter-layernorm": ("adapter", {"kind": "houlsby", "layernorm": True}),
     "lora-pissa": ("lora", {"init": "pissa", "r": 4, "rank_pattern": {"q_proj|query": 2}}),
     "lora-olora": ("lora", {"init": "olora", "r": 4}),
 }
