@@ -99,6 +99,21 @@ def lora_layers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
     return {path: _layer(config, path, found) for path, found in parts.items()}
 
 
+def lora_ranks(layers: Mapping[str, LoraLayer]) -> dict[str, dict[str, int]]:
+    """Returns the rank of each update, as {layer: {module: rank}}; "" is outside of any layer.
+
+    The directions that do something: AdaLoRA's files pad what it pruned with zeros, and an
+    untrained LoRA has rank 0.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for path, layer in layers.items():
+        match = re.fullmatch(r".+?\.(\d+)\.(.+)", path)
+        index, module = (match[1], match[2]) if match else ("", path)
+        used = layer.a.ne(0).any(dim=1) & layer.b.ne(0).any(dim=0)
+        found.setdefault(index, {})[module] = int(used.sum())
+    return found
+
+
 def check_tensors(tensors: Mapping[str, Tensor], file: str) -> None:
     """Raises AdapterError unless every tensor is floating point and finite."""
     for key, tensor in tensors.items():

@@ -143,6 +143,13 @@ def test_list_as_json_holds_what_show_prints(cli, place):
     assert rows[0] == json.loads(cli("adapters", "show", "news@0001").out)
 
 
+def test_show_prints_the_rank_of_every_module(cli, place):
+    ranks = json.loads(cli("adapters", "show", "news").out)["ranks"]
+    assert ranks.keys() == {"0", "1"}
+    assert set(ranks["1"].values()) == {8}
+    assert ranks["1"].keys() >= {"self_attn.q_proj", "mlp.down_proj"}
+
+
 def test_a_store_that_is_not_there_is_an_empty_list(cli, place):
     assert "no adapters in nowhere" in cli("adapters", "list", "--store", "nowhere").out
     assert cli("adapters", "list", "--store", "nowhere", "--json").out == "[]\n"

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from peftrank.base import base_from_model
 from peftrank.errors import ConfigError
 from peftrank.methods.adalora import Adalora
+from peftrank.peft_files import lora_layers, lora_ranks
 
 STEPS = 20
 OPTIONS = {"total_steps": STEPS, "init_r": 4, "target_r": 2, "targets": "attention"}
@@ -182,6 +183,17 @@ def test_the_export_is_the_same_function_as_plain_lora(tiny_decoder, tmp_path):
     assert config.lora_dropout == 0.0
     assert {t.shape[0] for n, t in tensors.items() if "lora_A" in n} == {config.r}
     assert len(tensors) == 2 * MODULES
+
+
+def test_the_file_tells_the_rank_each_module_ended_with(tiny_decoder):
+    method, model, optimizer = start(tiny_decoder)
+    run(method, model, optimizer, tiny_decoder, range(1, STEPS + 1))
+    config, tensors = method.export(model)
+    found = lora_ranks(lora_layers(config.to_dict(), tensors))
+    assert found.keys() == {"0", "1"}
+    by_path = {f"model.layers.{i}.{name}": r for i, row in found.items() for name, r in row.items()}
+    assert by_path == method.ranks(model)
+    assert len(set(by_path.values())) > 1
 
 
 def test_a_module_without_any_rank_left_becomes_zeros(tiny_decoder, tmp_path):
