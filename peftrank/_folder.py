@@ -21,13 +21,13 @@ from torch import Tensor
 
 from peftrank.errors import AdapterError
 from peftrank.methods._sites import bottleneck_sites
-from peftrank.peft_files import AdapterFiles, check_tensors, lora_layers
+from peftrank.peft_files import AdapterFiles, check_tensors, ia3_factors, lora_layers
 
 FORMAT_VERSION = 1
 MANIFEST = "peftrank.json"
 HASHED = ("README.md", "adapter_config.json", "adapter_model.safetensors", "readout.safetensors")
 _AGAIN = "Copy the adapter again from where it came, or activate another version."
-_METHODS = ("LORA", "BOTTLENECK")
+_METHODS = ("LORA", "BOTTLENECK", "IA3")
 _CODE = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth", ".py", ".so")
 _KEYS: Mapping[tuple[str, ...], type] = {
     ("peftrank_version",): str,
@@ -97,6 +97,8 @@ def read(path: Path) -> AdapterFiles:
     try:
         if method == "LORA":
             lora_layers(config, tensors)
+        elif method == "IA3":
+            ia3_factors(config, tensors)
         else:
             _check_bottleneck(config, tensors)
     except AdapterError as error:

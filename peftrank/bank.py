@@ -34,10 +34,10 @@ from peftrank.methods._sites import (
     bottleneck_sites,
     norm_names,
 )
-from peftrank.peft_files import AdapterFiles, LoraLayer, lora_layers
+from peftrank.peft_files import AdapterFiles, LoraLayer, ia3_factors, lora_layers
 from peftrank.plugins import did_you_mean
 
-_Place = tuple[str, Reads | Literal["lora", "norm"]]
+_Place = tuple[str, Reads | Literal["linear", "linear input", "norm"]]
 """A module's path, and what is done there; of a bottleneck site, what it reads."""
 
 
@@ -50,8 +50,10 @@ class Banked:
     """
 
     name: str
-    lora: Mapping[str, Callable[[Tensor, Tensor], Tensor]]
+    outputs: Mapping[str, Callable[[Tensor, Tensor], Tensor]]
     """By module path: (input, output of the base's module) -> output."""
+    inputs: Mapping[str, Callable[[Tensor], Tensor]]
+    """By module path: input -> input."""
     sites: Mapping[tuple[str, Reads], Callable[[Tensor], Tensor]]
     """By module path and reads: h -> what is added."""
     norms: Mapping[str, Weights]
@@ -89,10 +91,12 @@ class Bank:
             adapter = self._lora(name, lora_layers(files.peft_config, files.tensors))
         elif method == "BOTTLENECK":
             adapter = self._bottleneck(name, files)
+        elif method == "IA3":
+            adapter = self._ia3(name, files)
         else:
             raise AdapterError(
-                f"adapter {name!r} has peft_type {method!r}. The bank applies LORA and BOTTLENECK; "
-                "AdaLoRA is exported as LoRA by `peftrank train`."
+                f"adapter {name!r} has peft_type {method!r}. The bank applies LORA, BOTTLENECK and "
+                "IA3; AdaLoRA is exported as LoRA by `peftrank train`."
             )
         with self._writing:
             self._hook(adapter)
@@ -163,7 +167,25 @@ class Bank:
                 )
             table[path], size = _lora_change(linear, layer)
             nbytes += size
-        return Banked(name, table, {}, {}, nbytes)
+        return Banked(name, table, {}, {}, {}, nbytes)
+
+    def _ia3(self, name: str, files: AdapterFiles) -> Banked:
+        inputs, outputs, nbytes = {}, {}, 0
+        for path, (where, factors) in ia3_factors(files.peft_config, files.tensors).items():
+            linear = self._linear(name, path)
+            expected = linear.in_features if where == "input" else linear.out_features
+            if factors.numel() != expected:
+                raise AdapterError(
+                    f"adapter {name!r} has {factors.numel()} factors for the {where} of {path!r}, "
+                    f"where the base has {expected}. It belongs to another base."
+                )
+            placed = _placed(factors, linear.weight.device)
+            if where == "input":
+                inputs[path] = partial(_scaled, factors=placed)
+            else:
+                outputs[path] = partial(_scaled_output, factors=placed)
+            nbytes += placed.nbytes
+        return Banked(name, outputs, inputs, {}, {}, nbytes)
 
     def _bottleneck(self, name: str, files: AdapterFiles) -> Banked:
         table, nbytes = {}, 0
@@ -190,7 +212,7 @@ class Bank:
             for path, found in norm_names(files.tensors).items()
         }
         nbytes += sum(t.nbytes for weights in norms.values() for t in weights.values())
-        return Banked(name, {}, table, norms, nbytes)
+        return Banked(name, {}, {}, table, norms, nbytes)
 
     def _norm(self, name: str, path: str, weights: Weights) -> Weights:
         module = self._module(name, path)
@@ -218,19 +240,24 @@ class Bank:
         module = self._module(name, path)
         if not isinstance(module, nn.Linear):
             raise AdapterError(
-                f"adapter {name!r} has LoRA weights for {path!r}, which is a "
-                f"{type(module).__name__}. The bank applies LoRA to Linear modules of a base "
-                "that PEFT has not changed."
+                f"adapter {name!r} has weights for a linear {path!r}, which is a "
+                f"{type(module).__name__}. The bank applies LoRA and IA3 to Linear modules of a "
+                "base that PEFT has not changed."
             )
         return module
 
     def _hook(self, adapter: Banked) -> None:
         # A hook stays until close(), although its adapter may go: removing one under a running
         # forward pass is not safe, and an idle one costs a microsecond.
-        for path in adapter.lora:
-            if (path, "lora") not in self._hooks:
+        for path in adapter.outputs:
+            if (path, "linear") not in self._hooks:
                 hook = partial(self._on_linear, path)
-                self._hooks[path, "lora"] = self._modules[path].register_forward_hook(hook)
+                self._hooks[path, "linear"] = self._modules[path].register_forward_hook(hook)
+        for path in adapter.inputs:
+            if (path, "linear input") not in self._hooks:
+                before = partial(self._before_linear, path)
+                handle = self._modules[path].register_forward_pre_hook(before)
+                self._hooks[path, "linear input"] = handle
         for path, reads in adapter.sites:
             if (path, reads) not in self._hooks:
                 change = partial(self._change, (path, reads))
@@ -244,8 +271,15 @@ class Bank:
         self, path: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
     ) -> Tensor | None:
         adapter = self._in_use.get()
-        change = None if adapter is None else adapter.lora.get(path)
+        change = None if adapter is None else adapter.outputs.get(path)
         return None if change is None else change(args[0], output)
+
+    def _before_linear(
+        self, path: str, module: nn.Module, args: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...] | None:
+        adapter = self._in_use.get()
+        change = None if adapter is None else adapter.inputs.get(path)
+        return None if change is None else (change(args[0]), *args[1:])
 
     def _change(self, place: tuple[str, Reads], h: Tensor) -> Tensor | None:
         adapter = self._in_use.get()
@@ -296,6 +330,14 @@ def _lora_forward(
     if early and stretch is None:
         update = update.to(output.dtype)
     return (output + update).to(output.dtype)
+
+
+def _scaled(value: Tensor, *, factors: Tensor) -> Tensor:
+    return (value.to(factors.dtype) * factors).to(value.dtype)
+
+
+def _scaled_output(_: Tensor, output: Tensor, *, factors: Tensor) -> Tensor:
+    return _scaled(output, factors=factors)
 
 
 def _stretch(linear: nn.Linear, layer: LoraLayer) -> Tensor:

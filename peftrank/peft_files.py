@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -97,6 +97,33 @@ def lora_layers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
         part = match[2].removesuffix(".weight") if "magnitude" in match[2] else match[2]
         parts.setdefault(match[1], {})[part] = tensor
     return {path: _layer(config, path, found) for path, found in parts.items()}
+
+
+def ia3_factors(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[Literal["input", "output"], Tensor]]:
+    """Returns what (IA)^3 (arXiv 2205.05638) multiplies and with what, by module path in the base.
+
+    The factors are (inputs,) for the input of a linear module and (outputs,) for its output.
+
+    Raises:
+        AdapterError: a tensor is no (IA)^3 vector, or modules_to_save asks for more than these.
+    """
+    if config.get("modules_to_save"):
+        raise AdapterError(
+            "the IA3 configuration sets modules_to_save, which PeftRank does not apply"
+        )
+    found: dict[str, tuple[Literal["input", "output"], Tensor]] = {}
+    for key, tensor in tensors.items():
+        path = key.removeprefix(PREFIX).removesuffix(".ia3_l")
+        if key != f"{PREFIX}{path}.ia3_l" or tensor.ndim != 2 or 1 not in tensor.shape:
+            raise AdapterError(
+                f"tensor {key!r} of shape {tuple(tensor.shape)} is no IA3 vector. Expected names "
+                f"such as '{PREFIX}model.layers.0.self_attn.k_proj.ia3_l', of shape (outputs, 1) "
+                "or, for a feed-forward module, (1, inputs)."
+            )
+        found[path] = ("input" if tensor.shape[0] == 1 else "output", tensor.flatten())
+    return found
 
 
 def lora_ranks(layers: Mapping[str, LoraLayer]) -> dict[str, dict[str, int]]:

@@ -13,7 +13,7 @@ from peftrank.cli import options
 
 def command(
     domain: options.Domain = None,
-    method: Annotated[str | None, typer.Option(help="lora, adalora or adapter.")] = None,
+    method: Annotated[str | None, typer.Option(help="lora, adalora, adapter or ia3.")] = None,
     config: options.ConfigFile = None,
     base: options.Base = None,
     data: options.Data = None,

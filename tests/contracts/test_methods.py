@@ -10,7 +10,10 @@ from safetensors.torch import save_file
 from peftrank import plugins
 from peftrank.bank import Bank
 from peftrank.base import base_from_model, state_hash
+from peftrank.config import load_config
 from peftrank.peft_files import AdapterFiles
+from peftrank.store import active, describe
+from peftrank.training import train as train_run
 
 CASES = {
     **{name: (name, {}) for name in plugins.available("methods")},
@@ -210,6 +213,22 @@ def test_exporting_does_not_disturb_training(name, base):
     assert all(torch.equal(before[0][key], after[0][key]) for key in before[0])
 
 
+def test_a_training_run_publishes_an_adapter_that_scores_as_it_did(name, workplace, tmp_path):
+    """Publishing reads the files back, puts them on the bare base and compares scores."""
+    plugin, options = CASES[name]
+    overrides = {
+        "base": {"name": str(workplace / "base"), "quantization": "none"},
+        "method.layers": "all",
+        **{f"method.{key}": value for key, value in options.items()},
+        "training.max_steps": 4,
+        "data": {part: workplace / "data" / f"{part}.jsonl" for part in ("train", "valid")},
+    }
+    config = load_config(domain="news", method=plugin, overrides=overrides)
+    path = train_run(config, output=tmp_path, progress=False)
+    assert active(tmp_path, "news") == path.name
+    assert describe(path)["method"]["name"] == plugin
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
 def test_every_method_trains_and_loads_on_a_quantized_base(
     name, quantization, tiny_decoder, tmp_path
@@ -272,6 +291,7 @@ def test_every_method_trains_and_loads_on_smollm2_in_nf4(name, smollm2_nf4, tmp_
         loaded.unload()
     assert torch.equal(plain, before)
     assert (expected - before).abs().max() > 0.1
-    # AdaLoRA's own layers round once more in bfloat16 than the LoRA it is exported as.
+    # Layers that are exported as plain LoRA round elsewhere in bfloat16 than that does.
+    rounded = ("adalora", *ROUNDED_STARTS)
     scale = expected.float().abs().max()
-    assert (actual - expected).float().abs().max() < (0.05 * scale if name == "adalora" else 1e-5)
+    assert (actual - expected).float().abs().max() < (0.05 * scale if name in rounded else 1e-5)
