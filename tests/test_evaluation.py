@@ -300,7 +300,7 @@ def printed(part):
 
 def test_the_table_shows_means_intervals_and_counts(part):
     text = printed(part)
-    assert "1.000 [1.000, 1.000]" in text
+    assert "1.000 ± 0.000" in text
     assert "<b>bold</b> & co" in text
     assert "2 slates, 1 without" in text
 
@@ -310,7 +310,7 @@ def test_where_nothing_is_relevant_table_page_and_json_show_that_there_is_no_val
     part = as_json("news", [row, row])
     (first, _) = json.loads(json.dumps(part, allow_nan=False))["rows"]
     assert first["metrics"]["mrr"] == {"mean": None, "low": None, "high": None}
-    assert "– [–, –]" in printed(part)
+    assert "– ± –" in printed(part)
     assert "[–, –]" in Page(as_html("news", [part])).texts
 
 

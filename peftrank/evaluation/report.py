@@ -58,22 +58,26 @@ def as_json(name: str, rows: Sequence[Evaluation]) -> dict[str, Any]:
 
 
 def as_table(part: dict[str, Any]) -> Table:
-    """Returns a group as a table; its last row is what the others are compared with."""
+    """Returns a group as a table 80 columns wide; the page and the JSON have the intervals' ends."""
     table = Table(
         title=f"{part['name']}: {part['counted']} slates, "
         f"{part['left_out']} without a relevant candidate left out",
+        caption="± half the width of the 95% interval",
         title_justify="left",
+        caption_justify="left",
     )
     table.add_column("ranking")
     for metric in part["metrics"]:
         table.add_column(metric, justify="right")
     for row in part["rows"]:
         cells = (row["metrics"][m] for m in part["metrics"])
-        table.add_row(
-            row["name"],
-            *(f"{_shown(c['mean'])} [{_shown(c['low'])}, {_shown(c['high'])}]" for c in cells),
-        )
+        table.add_row(row["name"], *(_with_width(cell) for cell in cells))
     return table
+
+
+def _with_width(cell: dict[str, Any]) -> str:
+    half = None if cell["mean"] is None else (cell["high"] - cell["low"]) / 2
+    return f"{_shown(cell['mean'])} ± {_shown(half)}"
 
 
 def as_html(title: str, parts: Sequence[dict[str, Any]]) -> str:
