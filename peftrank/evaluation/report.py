@@ -58,7 +58,7 @@ def as_json(name: str, rows: Sequence[Evaluation]) -> dict[str, Any]:
 
 
 def as_table(part: dict[str, Any]) -> Table:
-    """Returns a group as a table 80 columns wide; the page and the JSON have the intervals' ends."""
+    """Returns a group as a table 80 columns wide; page and JSON have the intervals' ends."""
     table = Table(
         title=f"{part['name']}: {part['counted']} slates, "
         f"{part['left_out']} without a relevant candidate left out",
