@@ -1,6 +1,8 @@
 """What every PEFT method promises, for every file in peftrank/methods/ and for large options."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ CASES = {
     "lora-olora": ("lora", {"init": "olora", "r": 4}),
 }
 ROUNDED_STARTS = ("lora-pissa", "lora-olora")
+DOCS = Path(__file__).parents[2] / "docs" / "methods.md"
 STEPS = 12
 pytestmark = pytest.mark.parametrize("name", CASES)
 on_both = pytest.mark.parametrize("base", ["tiny_decoder", "tiny_encoder"], indirect=True)
@@ -75,6 +78,13 @@ def save(method, peft_model, folder):
     config.save_pretrained(folder)
     save_file(tensors, folder / "adapter_model.safetensors")
     return tensors
+
+
+def test_the_page_of_methods_names_every_option(name):
+    plugin, _ = CASES[name]
+    rows = [row for row in DOCS.read_text("utf-8").splitlines() if row.startswith(f"| `{plugin}`")]
+    told = {word for row in rows for word in re.findall(r"`(\w+)", row.split("|")[2])}
+    assert told == plugins.option_names("methods", plugin) - {"total_steps"}
 
 
 @on_both
