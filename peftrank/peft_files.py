@@ -20,6 +20,9 @@ PREFIX = "base_model.model."
 """PEFT puts this before a module's path in the base model."""
 
 # LoRA variants that change the forward pass and that nothing here computes.
+# A stranger's pattern is run on every module's path, and backtracking can take exponential time.
+_REPEATS, _MOST_REPEATS = re.compile(r"[*+{]"), 2
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
 _VARIANTS = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -182,6 +185,11 @@ def _layer(config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor]) ->
 def _by_pattern(config: Mapping[str, Any], name: str, path: str, default: Any) -> Any:  # noqa: ANN401
     # The first pattern that matches decides, as in PEFT's get_pattern_key.
     for pattern, value in (config.get(name) or {}).items():
+        if len(_REPEATS.findall(pattern)) > _MOST_REPEATS or _REPEATED_GROUP.search(pattern):
+            raise AdapterError(
+                f"{name} holds {pattern!r}, which may take for ever to match. Patterns repeat at "
+                f"most {_MOST_REPEATS} things, and no group."
+            )
         try:
             if re.match(rf"(.*\.)?({pattern})$", path):
                 return value

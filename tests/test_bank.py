@@ -315,6 +315,14 @@ def test_what_the_bank_does_not_compute_is_refused(tiny_decoder, config):
         Bank(tiny_decoder).add("news", files)
 
 
+@pytest.mark.parametrize("pattern", ["(m+)+!", ".*.*.*.*.*.*.*.*!"])
+def test_a_pattern_that_could_take_for_ever_is_refused(tiny_decoder, pattern):
+    hostile = {"rank_pattern": {pattern: 2}}
+    files = files_for("model.layers.0.mlp.up_proj", torch.ones(2, 32), torch.ones(64, 2), **hostile)
+    with pytest.raises(AdapterError, match="take for ever"):
+        Bank(tiny_decoder).add("news", files)
+
+
 def test_a_base_that_peft_has_changed_is_refused(tiny_decoder):
     _, files = trained(clone(tiny_decoder), "lora")
     peft.get_peft_model(tiny_decoder.model, peft.LoraConfig(target_modules=["q_proj"]))
