@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 
 from peftrank.errors import AdapterError
+from peftrank.methods._patterns import MOST_REPEATS, endless, matches
 
 PREFIX = "base_model.model."
 """PEFT puts this before a module's path in the base model."""
 
 # LoRA variants that change the forward pass and that nothing here computes.
-# A stranger's pattern is run on every module's path, and backtracking can take exponential time.
-_REPEATS, _MOST_REPEATS = re.compile(r"[*+{]"), 2
-_REPEATED_GROUP = re.compile(r"\)[*+{]")
 _VARIANTS = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -183,15 +181,15 @@ def _layer(config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor]) ->
 
 
 def _by_pattern(config: Mapping[str, Any], name: str, path: str, default: Any) -> Any:  # noqa: ANN401
-    # The first pattern that matches decides, as in PEFT's get_pattern_key.
+    # The first pattern that matches decides, as in PEFT.
     for pattern, value in (config.get(name) or {}).items():
-        if len(_REPEATS.findall(pattern)) > _MOST_REPEATS or _REPEATED_GROUP.search(pattern):
+        if endless(pattern):  # a stranger's, and it is tried on every module's path
             raise AdapterError(
                 f"{name} holds {pattern!r}, which may take for ever to match. Patterns repeat at "
-                f"most {_MOST_REPEATS} things, and no group."
+                f"most {MOST_REPEATS} things, and no group."
             )
         try:
-            if re.match(rf"(.*\.)?({pattern})$", path):
+            if matches(pattern, path):
                 return value
         except re.error as error:
             raise AdapterError(f"{name} holds {pattern!r}, no valid pattern: {error}") from None

@@ -90,6 +90,10 @@ def test_a_model_without_blocks_of_linear_layers_is_refused():
         ({"rank_pattern": {"q_proj": 0}}, "method.rank_pattern has 'q_proj': 0"),
         ({"alpha_pattern": {"q_proj": 0}}, "method.alpha_pattern has 'q_proj': 0"),
         ({"rank_pattern": {"(": 2}}, "method.rank_pattern has '(', no valid pattern"),
+        (
+            {"rank_pattern": {"(a+)+": 2}},
+            "method.rank_pattern has '(a+)+', which may take for ever",
+        ),
         ({"init": "pisa"}, "method.init='pisa' (did you mean 'pissa'?)"),
         ({"init": "pissa", "dora": True}, "method.init=pissa and method.dora"),
         ({"init": "olora", "b_ratio": 16}, "method.init=olora and method.b_ratio=16"),

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from peftrank.errors import ConfigError
 from peftrank.methods import _principal, _state
+from peftrank.methods._patterns import MOST_REPEATS, endless, matches
 from peftrank.methods._targets import (
     check_layers,
     check_targets,
@@ -171,14 +172,18 @@ def _check_pattern(key: str, pattern: Mapping[str, float], least: int, expected:
             re.compile(name)
         except re.error as error:
             raise ConfigError(f"method.{key} has {name!r}, no valid pattern: {error}.") from None
+        if endless(name):
+            raise ConfigError(
+                f"method.{key} has {name!r}, which may take for ever to match. Repeat at most "
+                f"{MOST_REPEATS} things with *, + or braces, and no group; or name the modules."
+            )
         if value < least or value <= 0:
             raise ConfigError(f"method.{key} has {name!r}: {value}; expected {expected}.")
 
 
 def _check_matches(key: str, pattern: Mapping[str, float], paths: list[str]) -> None:
     for name in pattern:
-        # PEFT's rule, in get_pattern_key.
-        if not any(re.match(rf"(.*\.)?({name})$", path) for path in paths):
+        if not any(matches(name, path) for path in paths):
             names = sorted({path.rpartition(".")[2] for path in paths})
             raise ConfigError(
                 f"method.{key} has {name!r}{did_you_mean(name, names)}, which matches none of the "
