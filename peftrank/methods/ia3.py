@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from peft import IA3Config, PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -49,8 +50,15 @@ class Ia3:
         """Returns PEFT's configuration for a base.
 
         Raises:
-            ConfigError: the base's blocks have no known structure, or `layers` does not fit it.
+            ConfigError: the base is quantized or not float32, its blocks have no known structure,
+                or `layers` does not fit it.
         """
+        if getattr(base_model, "is_quantized", False) or base_model.dtype != torch.float32:
+            # PEFT's layers then mix dtypes in the attention, and refuse to leave a 4-bit base.
+            raise ConfigError(
+                "method ia3 needs an unquantized float32 base: set base.quantization=none and "
+                "base.compute_dtype=float32, or use method lora."
+            )
         prefix, blocks = find_blocks(base_model)
         chosen = selected(self.layers, len(blocks))
         names = {name for name, _ in blocks[-1].named_modules()}

@@ -13,6 +13,7 @@ from peftrank import plugins
 from peftrank.bank import Bank
 from peftrank.base import base_from_model, state_hash
 from peftrank.config import load_config
+from peftrank.errors import ConfigError
 from peftrank.peft_files import AdapterFiles
 from peftrank.store import active, describe
 from peftrank.training import train as train_run
@@ -228,6 +229,7 @@ def test_a_training_run_publishes_an_adapter_that_scores_as_it_did(name, workpla
     plugin, options = CASES[name]
     overrides = {
         "base": {"name": str(workplace / "base"), "quantization": "none"},
+        "base.compute_dtype": "float32" if name == "ia3" else "auto",
         "method.layers": "all",
         **{f"method.{key}": value for key, value in options.items()},
         "training.max_steps": 4,
@@ -246,6 +248,9 @@ def test_every_method_trains_and_loads_on_a_quantized_base(
     tiny_decoder.model.save_pretrained(tmp_path / "base")
     tokenizer = tiny_decoder.tokenizer
     base = base_from_model(_quantized(tmp_path / "base", quantization), tokenizer, name="q")
+    if name == "ia3":
+        _check_refused(name, base)
+        return
     method, model, _ = start(name, base)
     model.eval()
     with torch.no_grad():
@@ -258,6 +263,11 @@ def test_every_method_trains_and_loads_on_a_quantized_base(
         expected = hidden(base)
         torch.testing.assert_close(hidden(fresh), expected, rtol=0, atol=1e-4)
     assert (expected - before).abs().max() > 1e-4
+
+
+def _check_refused(name, base):
+    with pytest.raises(ConfigError, match=f"method {name} needs an unquantized float32 base"):
+        make(name).config(base.model)
 
 
 def _quantized(folder, quantization):
@@ -281,6 +291,11 @@ def _quantized(folder, quantization):
 def test_every_method_trains_and_loads_on_smollm2_in_nf4(name, smollm2_nf4, tmp_path):
     base = smollm2_nf4
     method = make(name, steps=6, layers="top-4")
+    if name == "ia3":
+        _check_refused(name, base)
+        return
+    with torch.no_grad():
+        untouched = hidden(base)
     model = get_peft_model(base.model, method.config(base.model))
     try:
         with torch.no_grad():
@@ -299,7 +314,7 @@ def test_every_method_trains_and_loads_on_smollm2_in_nf4(name, smollm2_nf4, tmp_
             actual = hidden(base)
     finally:
         loaded.unload()
-    assert torch.equal(plain, before)
+    assert torch.equal(plain, untouched)
     assert (expected - before).abs().max() > 0.1
     # Layers that are exported as plain LoRA round elsewhere in bfloat16 than that does.
     rounded = ("adalora", *ROUNDED_STARTS)
