@@ -1,0 +1,1 @@
+"""Ranking for others: an HTTP server with its page, and bulk scoring."""
