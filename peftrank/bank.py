@@ -1,9 +1,13 @@
 """Many adapters of any method on one base that stays as it is.
 
 Each adapter is a table from places in the base to what it adds there; forward hooks look the
-place up in the table of the adapter in use. Which one is in use is a context variable, so threads
-and asyncio tasks do not see each other's choice, and the forward pass takes no lock. PEFT itself
-cannot do this: one PeftModel holds one method, and set_adapter changes all threads.
+place up in the tables of the adapters in use. Which are in use, and for which tokens, is a context
+variable, so threads and asyncio tasks do not see each other's choice, and the forward pass takes no
+lock. PEFT itself cannot do this: one PeftModel holds one method, and set_adapter changes all
+threads.
+
+A pass may mix adapters of any methods: tokens of one adapter lie together (`Batch.spans`), so each
+change is computed on a slice of the flattened rows, and no weight is copied or gathered.
 
 The numbers are PEFT's: casts and the order of operations follow peft's lora/layer.py and
 lora/bnb.py. This file knows no prompt, no readout and no folder.
@@ -12,7 +16,7 @@ lora/bnb.py. This file knows no prompt, no readout and no folder.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -26,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 
 from peftrank.base import Base
 from peftrank.errors import AdapterError
-from peftrank.methods._norms import Weights, attach_norm, is_norm
+from peftrank.methods._norms import Weights, is_norm, with_weights
 from peftrank.methods._sites import (
     Reads,
     attach,
@@ -37,51 +41,42 @@ from peftrank.methods._sites import (
 from peftrank.peft_files import AdapterFiles, LoraLayer, ia3_factors, lora_layers
 from peftrank.plugins import did_you_mean
 
-_Place = tuple[str, Reads | Literal["linear", "linear input", "norm"]]
+Place = tuple[str, Reads | Literal["linear", "linear input", "norm"]]
 """A module's path, and what is done there; of a bottleneck site, what it reads."""
+Span = tuple["Banked | None", int, int | None]
+"""(adapter, start, stop): who changes these tokens of the flattened (R * T) rows; None: nobody."""
 
 
 @dataclass(frozen=True, eq=False)
 class Banked:
-    """One adapter in the bank: what it does at each place. Never changed once made.
-
-    Every entry treats the rows of its input independently, so rows of one batch can go to
-    different adapters by applying each to its own rows.
-    """
+    """One adapter's weights on the base's device and what they do. Never changed once made."""
 
     name: str
-    outputs: Mapping[str, Callable[[Tensor, Tensor], Tensor]]
-    """By module path: (input, output of the base's module) -> output."""
-    inputs: Mapping[str, Callable[[Tensor], Tensor]]
-    """By module path: input -> input."""
-    sites: Mapping[tuple[str, Reads], Callable[[Tensor], Tensor]]
-    """By module path and reads: h -> what is added."""
-    norms: Mapping[str, Weights]
-    """By module path: the weights that a normalization layer uses in place of its own."""
+    changes: Mapping[Place, Callable[..., Tensor]]
+    """By place: (input, output) -> output of a linear or a normalization; input -> input of a
+    linear; h -> what is added at a bottleneck site. Each treats tokens independently."""
     nbytes: int
+    """Of the weights, beside the base."""
 
 
 class Bank:
-    """Adapters by name on one base. `with bank.using("news"): ...` applies one of them."""
+    """Applies adapters to one base. `with bank.using(adapter): ...`."""
 
     def __init__(self, base: Base):
         self.base = base
         self._modules = dict(base.model.named_modules())
-        # Replaced as a whole by writers and never changed in place: readers need no lock.
-        self._adapters: dict[str, Banked] = {}
-        self._hooks: dict[_Place, RemovableHandle] = {}
+        self._hooks: dict[Place, RemovableHandle] = {}
         self._writing = threading.Lock()
-        self._in_use: ContextVar[Banked | None] = ContextVar("peftrank_adapter", default=None)
+        self._in_use: ContextVar[tuple[Span, ...]] = ContextVar("peftrank_adapters", default=())
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the adapters held, in the order they were added."""
-        return tuple(self._adapters)
+    def place(self, name: str, files: AdapterFiles) -> Banked:
+        """Returns an adapter with its weights on the base's device, ready for `using`.
 
-    def add(self, name: str, files: AdapterFiles) -> Banked:
-        """Puts an adapter's weights beside the base, in place of any other of that name.
+        The bank keeps no reference to it: its memory is free once nobody holds it.
 
-        A forward pass that is running with the replaced adapter finishes with it.
+        Args:
+            name: For messages.
+            files: The adapter.
 
         Raises:
             AdapterError: a tensor fits no module of the base, or the method is not supported.
@@ -100,43 +95,32 @@ class Bank:
             )
         with self._writing:
             self._hook(adapter)
-            self._adapters = {**self._adapters, name: adapter}
         return adapter
 
-    def remove(self, name: str) -> None:
-        """Lets go of an adapter; its memory is free once no forward pass uses it.
-
-        Raises:
-            AdapterError: no adapter of that name.
-        """
-        with self._writing:
-            self._get(name)
-            self._adapters = {key: a for key, a in self._adapters.items() if key != name}
-
-    def nbytes(self, name: str) -> int:
-        """Returns the bytes an adapter's weights take, beside the base."""
-        return self._get(name).nbytes
-
     @contextmanager
-    def using(self, adapter: str | Banked | None) -> Iterator[None]:
-        """Applies an adapter to the base inside the `with` block, in this thread or task only.
+    def using(self, adapter: Banked | Sequence[Span] | None) -> Iterator[None]:
+        """Applies adapters to the base inside the `with` block, in this thread or task only.
 
         Args:
-            adapter: A name, what `add` returned, or None for the plain base.
-
-        Raises:
-            AdapterError: no adapter of that name.
+            adapter: What `place` returned; or spans that cover the tokens of the batch, in order;
+                or None for the plain base.
         """
-        token = self._in_use.set(self._get(adapter) if isinstance(adapter, str) else adapter)
+        spans: Sequence[Span]
+        if adapter is None:
+            spans = ()
+        elif isinstance(adapter, Banked):
+            spans = ((adapter, 0, None),)
+        else:
+            spans = adapter
+        token = self._in_use.set(tuple(spans))
         try:
             yield
         finally:
             self._in_use.reset(token)
 
     def close(self) -> None:
-        """Removes all adapters and hooks. No forward pass may be running."""
+        """Removes the hooks. No forward pass may be running."""
         with self._writing:
-            self._adapters = {}
             for handle in self._hooks.values():
                 handle.remove()
             self._hooks = {}
@@ -145,17 +129,9 @@ class Bank:
         # A deep copy of the base copies its hooks, and these go on asking this bank.
         return self
 
-    def _get(self, name: str) -> Banked:
-        adapters = self._adapters
-        if name not in adapters:
-            raise AdapterError(
-                f"the bank holds no adapter {name!r}{did_you_mean(name, adapters)}. "
-                f"It holds: {', '.join(adapters) or 'none'}."
-            )
-        return adapters[name]
-
     def _lora(self, name: str, layers: Mapping[str, LoraLayer]) -> Banked:
-        table, nbytes = {}, 0
+        changes: dict[Place, Callable[..., Tensor]] = {}
+        nbytes = 0
         for path, layer in layers.items():
             linear = self._linear(name, path)
             expected = (linear.out_features, linear.in_features)
@@ -165,12 +141,13 @@ class Bank:
                     f"adapter {name!r} changes a {given} weight at {path!r}, where the base has "
                     f"{expected}. It belongs to another base."
                 )
-            table[path], size = _lora_change(linear, layer)
+            changes[path, "linear"], size = _lora_change(linear, layer)
             nbytes += size
-        return Banked(name, table, {}, {}, {}, nbytes)
+        return Banked(name, changes, nbytes)
 
     def _ia3(self, name: str, files: AdapterFiles) -> Banked:
-        inputs, outputs, nbytes = {}, {}, 0
+        changes: dict[Place, Callable[..., Tensor]] = {}
+        nbytes = 0
         for path, (where, factors) in ia3_factors(files.peft_config, files.tensors).items():
             linear = self._linear(name, path)
             expected = linear.in_features if where == "input" else linear.out_features
@@ -181,14 +158,15 @@ class Bank:
                 )
             placed = _placed(factors, linear.weight.device)
             if where == "input":
-                inputs[path] = partial(_scaled, factors=placed)
+                changes[path, "linear input"] = partial(_scaled, factors=placed)
             else:
-                outputs[path] = partial(_scaled_output, factors=placed)
+                changes[path, "linear"] = partial(_scaled_output, factors=placed)
             nbytes += placed.nbytes
-        return Banked(name, outputs, inputs, {}, {}, nbytes)
+        return Banked(name, changes, nbytes)
 
     def _bottleneck(self, name: str, files: AdapterFiles) -> Banked:
-        table, nbytes = {}, 0
+        changes: dict[Place, Callable[..., Tensor]] = {}
+        nbytes = 0
         for site in bottleneck_sites(files.peft_config, files.tensors):
             device = next(self._module(name, site.path).parameters()).device
             down_w, down_b, up_w, up_b = (_placed(files.tensors[n], device) for n in site.names)
@@ -197,7 +175,7 @@ class Bank:
                     f"adapter {name!r} has width {up_w.shape[0]} at {site.path!r}, where the base "
                     f"has {self.base.hidden_size}. It belongs to another base."
                 )
-            table[site.path, site.reads] = partial(
+            changes[site.path, site.reads] = partial(
                 bottleneck_forward,
                 down_w=down_w,
                 down_b=down_b,
@@ -207,12 +185,11 @@ class Bank:
                 scale=site.scale,
             )
             nbytes += sum(t.nbytes for t in (down_w, down_b, up_w, up_b))
-        norms = {
-            path: self._norm(name, path, {part: files.tensors[n] for part, n in found.items()})
-            for path, found in norm_names(files.tensors).items()
-        }
-        nbytes += sum(t.nbytes for weights in norms.values() for t in weights.values())
-        return Banked(name, {}, {}, table, norms, nbytes)
+        for path, found in norm_names(files.tensors).items():
+            weights = self._norm(name, path, {part: files.tensors[n] for part, n in found.items()})
+            changes[path, "norm"] = partial(_normalized, with_weights(self._modules[path], weights))
+            nbytes += sum(t.nbytes for t in weights.values())
+        return Banked(name, changes, nbytes)
 
     def _norm(self, name: str, path: str, weights: Weights) -> Weights:
         module = self._module(name, path)
@@ -249,46 +226,61 @@ class Bank:
     def _hook(self, adapter: Banked) -> None:
         # A hook stays until close(), although its adapter may go: removing one under a running
         # forward pass is not safe, and an idle one costs a microsecond.
-        for path in adapter.outputs:
-            if (path, "linear") not in self._hooks:
-                hook = partial(self._on_linear, path)
-                self._hooks[path, "linear"] = self._modules[path].register_forward_hook(hook)
-        for path in adapter.inputs:
-            if (path, "linear input") not in self._hooks:
-                before = partial(self._before_linear, path)
-                handle = self._modules[path].register_forward_pre_hook(before)
-                self._hooks[path, "linear input"] = handle
-        for path, reads in adapter.sites:
-            if (path, reads) not in self._hooks:
-                change = partial(self._change, (path, reads))
-                self._hooks[path, reads] = attach(self._modules[path], reads, change)
-        for path in adapter.norms:
-            if (path, "norm") not in self._hooks:
-                weights = partial(self._weights, path)
-                self._hooks[path, "norm"] = attach_norm(self._modules[path], weights)
+        for place in adapter.changes:
+            if place not in self._hooks:
+                self._hooks[place] = self._attached(place)
 
-    def _on_linear(
-        self, path: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+    def _attached(self, place: Place) -> RemovableHandle:
+        path, what = place
+        module: nn.Module = self._modules[path]
+        if what == "linear" or what == "norm":
+            return module.register_forward_hook(partial(self._after, place))
+        if what == "linear input":
+            return module.register_forward_pre_hook(partial(self._before, place))
+        return attach(module, what, partial(self._added, place))
+
+    def _after(
+        self, place: Place, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
     ) -> Tensor | None:
-        adapter = self._in_use.get()
-        change = None if adapter is None else adapter.outputs.get(path)
-        return None if change is None else change(args[0], output)
+        return self._changed(place, args[0], output)
 
-    def _before_linear(
-        self, path: str, module: nn.Module, args: tuple[Tensor, ...]
+    def _before(
+        self, place: Place, module: nn.Module, args: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...] | None:
-        adapter = self._in_use.get()
-        change = None if adapter is None else adapter.inputs.get(path)
-        return None if change is None else (change(args[0]), *args[1:])
+        changed = self._changed(place, args[0])
+        return None if changed is None else (changed, *args[1:])
 
-    def _change(self, place: tuple[str, Reads], h: Tensor) -> Tensor | None:
-        adapter = self._in_use.get()
-        change = None if adapter is None else adapter.sites.get(place)
-        return None if change is None else change(h)
+    def _added(self, place: Place, h: Tensor) -> Tensor | None:
+        return self._changed(place, h, else_zero=True)
 
-    def _weights(self, path: str) -> Weights | None:
-        adapter = self._in_use.get()
-        return None if adapter is None else adapter.norms.get(path)
+    def _changed(self, place: Place, *values: Tensor, else_zero: bool = False) -> Tensor | None:
+        """Returns the last of `values` (R, T, ·) as adapters in use change it, None if none does.
+
+        Tokens that nobody changes keep their value, or become zero.
+        """
+        spans = self._in_use.get()
+        found = [None if a is None else a.changes.get(place) for a, _, _ in spans]
+        if not any(found):
+            return None
+        if len(spans) == 1:
+            return found[0](*values)  # type: ignore[misc]  # any(found) says that it is there
+        flat = [value.reshape(-1, value.shape[-1]) for value in values]
+        if flat[0].shape[0] != spans[-1][2]:
+            raise AdapterError(
+                f"{place[0]!r} of this base is given {flat[0].shape[0]} tokens of the batch's "
+                f"{spans[-1][2]}, so a batch cannot mix adapters there. Rank one domain at a time."
+            )
+        parts = []
+        for (_, start, stop), change in zip(spans, found, strict=True):
+            given = [value[start:stop] for value in flat]
+            rest = torch.zeros_like(given[-1]) if else_zero else given[-1]
+            parts.append(rest if change is None else change(*given))
+        return torch.cat(parts).view(*values[-1].shape[:-1], -1)
+
+
+def _normalized(twin: nn.Module, x: Tensor, _: Tensor) -> Tensor:
+    normalized: Tensor = twin(x)
+    return normalized
 
 
 def _lora_change(

@@ -28,15 +28,24 @@ class RankingModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Returns scores (S, N) in float32, 0 at padding."""
-        mask = attention_mask(batch, causal=self.base.is_decoder, dtype=self.base.compute_dtype)
-        device, dtype = mask.device.type, self.base.compute_dtype
-        # An adapter's weights are float32; in a bfloat16 base its products are computed as such.
-        half = torch.autocast(device, dtype) if dtype == torch.bfloat16 else nullcontext()
-        with half:
-            states = self.base.hidden_states(batch.input_ids, mask, batch.position_ids)
-        with torch.autocast(device, enabled=False):  # scores are float32 everywhere
-            scores: Tensor = self.readout(states, batch)
-        return scores
+        return read(self.readout, hidden_states(self.base, batch), batch)
+
+
+def hidden_states(base: Base, batch: Batch) -> Tensor:
+    """Returns the base's last hidden states (R, T, H) of a batch, with the adapters in place."""
+    mask = attention_mask(batch, causal=base.is_decoder, dtype=base.compute_dtype)
+    dtype = base.compute_dtype
+    # An adapter's weights are float32; in a bfloat16 base its products are computed as such.
+    half = torch.autocast(mask.device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
+    with half:
+        return base.hidden_states(batch.input_ids, mask, batch.position_ids)
+
+
+def read(readout: nn.Module, states: Tensor, batch: Batch) -> Tensor:
+    """Returns a readout's scores (S, N), float32 whatever the base computes in."""
+    with torch.autocast(states.device.type, enabled=False):
+        scores: Tensor = readout(states, batch)
+    return scores
 
 
 def move(batch: Batch, device: torch.device) -> Batch:

@@ -2,31 +2,75 @@
 
 The domain is an argument of each call, or of each slate; no call changes what another sees, so
 threads may use one Ranker for different domains at once. An adapter brings its own prompt and
-readout, so it cannot be paired with the wrong ones. Knows no training and no metrics.
+readout, so it cannot be paired with the wrong ones. A forward pass may mix domains and methods.
+
+Adapters are kept in tiers: on the base's device, in host memory, and in the files they came from.
+Each of the first two may be given a budget of bytes; what was used longest ago goes first and comes
+back, checked again, when it is next asked for. Knows no training and no metrics.
 """
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
 
 from peftrank import hub, plugins, store
+from peftrank._tier import Tier
 from peftrank.bank import Bank, Banked
 from peftrank.base import Base, load_base
 from peftrank.errors import AdapterError, ConfigError, DataError
-from peftrank.model import RankingModel, move
-from peftrank.prompts import PromptTemplate, feature_tensor, micro_batches, pack, token_count
-from peftrank.types import Batch, RankedList, Slate
+from peftrank.model import hidden_states, move, read
+from peftrank.peft_files import AdapterFiles
+from peftrank.prompts import (
+    PromptTemplate,
+    feature_tensor,
+    micro_batches,
+    of_slates,
+    pack,
+    token_count,
+)
+from peftrank.types import Batch, PromptTree, RankedList, Slate
 
 Scores = tuple[float, ...]
 _STREAM_SLATES = 256
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What is loaded for a domain."""
+
+    domain: str
+    method: str
+    """`none`: the base as it is."""
+    version: str
+    """In a store, its number; on the Hub, the commit; else the folder's name."""
+    source: str
+    nbytes: int
+    """Of the adapter's and the readout's weights."""
+    tier: Literal["device", "host", "disk"]
+    """Where the adapter's weights are now."""
+    pinned: bool
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a slate's history did to its scores."""
+
+    scores: Scores
+    """One per candidate."""
+    history: tuple[int, ...]
+    """Indices of the history items that the prompt holds."""
+    effects: tuple[Scores, ...]
+    """For each of these, one value per candidate: how much the item raises the candidate's score
+    relative to the list's mean."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +79,38 @@ class _Domain:
 
     name: str
     method: str
-    adapter: Banked | None
-    """None: the base as it is."""
+    version: str
+    source: str
+    nbytes: int
+    pinned: bool
+    read: Callable[[], AdapterFiles] | None
+    """Reads the adapter's files again, checked; None: the base as it is."""
     template: PromptTemplate
-    model: RankingModel
+    readout: nn.Module
     feature_names: tuple[str, ...]
+    loading: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A slate that is ready to be scored, with the adapter that will score it."""
+
+    slate: Slate
+    tree: PromptTree
+    tokens: int
+    """Of the tree."""
+    _domain: _Domain
+    _adapter: Banked | None
+
+    @property
+    def domain(self) -> str:
+        """The domain it is ranked in."""
+        return self._domain.name
+
+    @property
+    def version(self) -> str:
+        """The adapter's version; see `AdapterInfo`."""
+        return self._domain.version
 
 
 class Ranker:
@@ -52,6 +123,8 @@ class Ranker:
         store: str | Path = "adapters",
         micro_tokens: int = 4096,
         row_tokens: int = 512,
+        device_bytes: int | None = None,
+        host_bytes: int | None = None,
     ):
         """Wraps a loaded base. Nothing in it is changed.
 
@@ -60,12 +133,17 @@ class Ranker:
             store: Where `load_adapter` looks for a domain's name.
             micro_tokens: Tokens per forward pass; a single larger slate is a pass of its own.
             row_tokens: Tokens in a packed row that holds several slates.
+            device_bytes: Adapter weights kept on the base's device, beside those in use; None: all.
+            host_bytes: Adapter weights kept in host memory; None: all. On a CPU both tiers are the
+                same memory, and an adapter in both takes it once.
         """
         self.base = base
         self.store = Path(store)
         self._micro_tokens, self._row_tokens = micro_tokens, row_tokens
         self._bank = Bank(base)
         self._domains: dict[str, _Domain] = {}  # replaced as a whole, never changed in place
+        self._device: Tier[Banked] = Tier(device_bytes)
+        self._host: Tier[AdapterFiles] = Tier(host_bytes)
         self._writing = threading.Lock()
 
     @classmethod
@@ -89,10 +167,30 @@ class Ranker:
         """The loaded domains, in the order they were loaded."""
         return tuple(self._domains)
 
+    @property
+    def adapters(self) -> dict[str, AdapterInfo]:
+        """What is loaded, by domain."""
+        return {name: self._info(found) for name, found in self._domains.items()}
+
+    def memory(self) -> dict[str, int]:
+        """Returns bytes: of the base, and of the adapters kept on its device and in host memory."""
+        return {
+            "base_bytes": int(self.base.model.get_memory_footprint()),
+            "device_bytes": self._device.nbytes,
+            "host_bytes": self._host.nbytes,
+        }
+
     def load_adapter(
-        self, source: str | Path, *, domain: str | None = None, allow_code: bool = False
+        self,
+        source: str | Path,
+        *,
+        domain: str | None = None,
+        allow_code: bool = False,
+        pin: bool = False,
     ) -> str:
         """Loads an adapter, in place of the domain's earlier one, and returns the domain's name.
+
+        Calls that are running, and what was prepared before, finish with the earlier one.
 
         Args:
             source: A folder, a domain of the store (its active version), `domain@version`, or
@@ -101,12 +199,13 @@ class Ranker:
             domain: The name to load it under; absent: the one it was trained for.
             allow_code: Let an adapter's readout be `package.module:object`, which imports code
                 that is not PeftRank's. Set it only for adapters you made or checked.
+            pin: Keep it on the device and in host memory whatever the budgets.
 
         Raises:
             AdapterError: it is missing, damaged, cannot be had from the Hub, or belongs to another
                 base.
         """
-        files = self._files(source, allow_code)
+        files, read_again, version = self._files(source, allow_code)
         manifest = files.manifest
         name = store.check_domain(manifest["domain"] if domain is None else domain)
         store.check_base(manifest, self.base.identity)
@@ -130,8 +229,20 @@ class Ranker:
                 f"the adapter {source} has a prompt for turn={template.turn!r} but its readout "
                 f"{wanted['name']!r} needs {_turn(readout)!r}"
             )
-        method = manifest["method"]["name"]
-        self._put(name, method, files, template, readout, wanted["feature_names"])
+        made = _Domain(
+            name,
+            method=manifest["method"]["name"],
+            version=version,
+            source=str(source),
+            nbytes=_nbytes(files.tensors) + _nbytes(files.readout),
+            pinned=pin,
+            read=read_again,
+            template=template,
+            readout=readout,
+            feature_names=tuple(wanted["feature_names"]),
+        )
+        self._place(made, files)
+        self._put(made)
         return name
 
     def load_readout(
@@ -157,8 +268,20 @@ class Ranker:
                 "yes_no or likelihood."
             )
         needs = {"turn": _turn(made), "max_depth": self.base.max_depth}
-        template = PromptTemplate(self.base.tokenizer, **{**prompt, **needs})
-        self._put(store.check_domain(domain), "none", None, template, made, ())
+        self._put(
+            _Domain(
+                store.check_domain(domain),
+                method="none",
+                version="none",
+                source=self.base.identity.name,
+                nbytes=0,
+                pinned=True,
+                read=None,
+                template=PromptTemplate(self.base.tokenizer, **{**prompt, **needs}),
+                readout=made,
+                feature_names=(),
+            )
+        )
         return domain
 
     def unload_adapter(self, domain: str) -> None:
@@ -168,10 +291,9 @@ class Ranker:
             ConfigError: the domain is not loaded.
         """
         with self._writing:
-            found = self._find(domain)
+            gone = self._find(domain)
             self._domains = {k: v for k, v in self._domains.items() if k != domain}
-            if found.adapter is not None:
-                self._bank.remove(domain)
+        self._forget(gone)
 
     @overload
     def rank(
@@ -200,10 +322,8 @@ class Ranker:
         if k is not None and k < 1:
             raise ConfigError(f"k={k}: expected at least 1, or None for all candidates")
         if isinstance(slates, Slate):
-            return _ranked(slates, self._score([slates], domain)[0], k)
-        given = list(slates)
-        scored = self._score(given, domain)
-        return [_ranked(slate, s, k) for slate, s in zip(given, scored, strict=True)]
+            return self.rank_prepared(self.prepare([slates], domain=domain), k=k)[0]
+        return self.rank_prepared(self.prepare(list(slates), domain=domain), k=k)
 
     @overload
     def score(self, slates: Slate, *, domain: str | None = None) -> Scores: ...
@@ -214,8 +334,80 @@ class Ranker:
     ) -> Scores | list[Scores]:
         """Returns each slate's scores in candidate order, higher is better; see `rank`."""
         if isinstance(slates, Slate):
-            return self._score([slates], domain)[0]
-        return self._score(list(slates), domain)
+            return self.score_prepared(self.prepare([slates], domain=domain))[0]
+        return self.score_prepared(self.prepare(list(slates), domain=domain))
+
+    async def arank(
+        self, slates: Sequence[Slate], *, domain: str | None = None, k: int | None = None
+    ) -> list[RankedList]:
+        """Returns what `rank` returns, computed in a worker thread."""
+        return await asyncio.to_thread(self.rank, slates, domain=domain, k=k)
+
+    def prepare(self, slates: Sequence[Slate], *, domain: str | None = None) -> list[Prepared]:
+        """Returns slates as prompt trees, each with the adapter its domain has now.
+
+        This is the part of `rank` that needs no forward pass; servers do it while another batch is
+        being scored. What is prepared keeps its adapter, whatever is loaded or unloaded later.
+
+        Raises:
+            ConfigError: a slate's domain is not loaded or not given.
+            DataError: a slate cannot be read.
+            AdapterError: an adapter that was let go of cannot be read again.
+        """
+        groups: dict[str | None, list[int]] = {}
+        for index, slate in enumerate(slates):
+            groups.setdefault(slate.domain if domain is None else domain, []).append(index)
+        # All domains are looked up before any work is done: an unknown one costs nothing.
+        found = {name: self._find(name) for name in groups}
+        prepared: dict[int, Prepared] = {}
+        for name, indices in groups.items():
+            made = self._prepare_in(found[name], [slates[i] for i in indices])
+            prepared.update(zip(indices, made, strict=True))
+        return [prepared[index] for index in range(len(slates))]
+
+    def score_prepared(self, prepared: Sequence[Prepared]) -> list[Scores]:
+        """Returns the scores of each prepared slate, in candidate order.
+
+        Raises:
+            AdapterError: a domain's scores are not finite.
+        """
+        order = _packing_order(prepared)
+        passes = micro_batches(
+            [prepared[i].tokens for i in order], self._micro_tokens, row_tokens=self._row_tokens
+        )
+        scores: list[Scores] = [()] * len(prepared)
+        for group in passes:
+            chosen = [order[i] for i in group]
+            done = self._score_pass([prepared[i] for i in chosen])
+            for index, values in zip(chosen, done, strict=True):
+                scores[index] = values
+        return scores
+
+    def rank_prepared(
+        self, prepared: Sequence[Prepared], *, k: int | None = None
+    ) -> list[RankedList]:
+        """Returns what `rank` returns for slates that `prepare` returned."""
+        scored = self.score_prepared(prepared)
+        return [_ranked(p.slate, s, k) for p, s in zip(prepared, scored, strict=True)]
+
+    def explain(self, slate: Slate | Prepared, *, domain: str | None = None) -> Explanation:
+        """Returns which history items raise or lower which candidates.
+
+        An item's effect is the score with the whole history minus the score without the item, less
+        the mean of this over the candidates: what is added to every candidate ranks nothing.
+        """
+        if isinstance(slate, Slate):
+            slate = self.prepare([slate], domain=domain)[0]
+        kept = slate._domain.template.history_read(slate.slate)
+        whole = _with_history(slate.slate, kept)
+        others = [_with_history(slate.slate, [i for i in kept if i != out]) for out in kept]
+        scores, *without = self.score_prepared(self._prepare_in(slate._domain, [whole, *others]))
+        effects = []
+        for changed in without:
+            gained = [a - b for a, b in zip(scores, changed, strict=True)]
+            mean = sum(gained) / len(gained)
+            effects.append(tuple(value - mean for value in gained))
+        return Explanation(scores, kept, tuple(effects))
 
     def rank_stream(
         self, slates: Iterable[Slate], *, domain: str | None = None, k: int | None = None
@@ -228,8 +420,10 @@ class Ranker:
     def close(self) -> None:
         """Unloads everything and takes the hooks off the base. No call may be running."""
         with self._writing:
-            self._domains = {}
+            gone, self._domains = self._domains, {}
             self._bank.close()
+        for domain in gone.values():
+            self._forget(domain)
 
     def __enter__(self) -> Self:
         return self
@@ -241,10 +435,20 @@ class Ranker:
         loaded = ", ".join(f"{name}: {d.method}" for name, d in self._domains.items())
         return f"Ranker({self.base.identity.name!r}, domains={{{loaded}}})"
 
-    def _files(self, source: str | Path, allow_code: bool) -> store.AdapterFiles:
+    def _files(
+        self, source: str | Path, allow_code: bool
+    ) -> tuple[AdapterFiles, Callable[[], AdapterFiles], str]:
+        """Returns an adapter, how to read the very same again, and its version."""
         if isinstance(source, str) and hub.is_hub_name(source) and not Path(source).is_dir():
-            return hub.fetch(source, allow_code=allow_code).files
-        return store.load_adapter(store.resolve(source, self.store))
+            found = hub.fetch(source, allow_code=allow_code)
+            exact = f"{found.repo}@{found.commit}"
+            return (
+                found.files,
+                lambda: hub.fetch(exact, allow_code=allow_code).files,
+                found.commit,
+            )
+        folder = store.resolve(source, self.store).absolute()
+        return store.load_adapter(folder), lambda: store.load_adapter(folder), folder.name
 
     def _readout(
         self, name: str, options: Mapping[str, Any], feature_names: Sequence[str]
@@ -258,22 +462,59 @@ class Ranker:
         )
         return made.to(self.base.device).eval()
 
-    def _put(
-        self,
-        name: str,
-        method: str,
-        files: store.AdapterFiles | None,
-        template: PromptTemplate,
-        readout: nn.Module,
-        feature_names: Sequence[str],
-    ) -> None:
-        model = RankingModel(self.base, readout)
+    def _put(self, made: _Domain) -> None:
         with self._writing:
-            adapter = None if files is None else self._bank.add(name, files)
-            if files is None and name in self._bank.names:
-                self._bank.remove(name)
-            made = _Domain(name, method, adapter, template, model, tuple(feature_names))
-            self._domains = {**self._domains, name: made}
+            earlier = self._domains.get(made.name)
+            self._domains = {**self._domains, made.name: made}
+        if earlier is not None:
+            self._forget(earlier)
+
+    def _place(self, domain: _Domain, files: AdapterFiles) -> Banked:
+        adapter = self._bank.place(domain.name, files)
+        self._host.put(domain, files, _nbytes(files.tensors), pinned=domain.pinned)
+        self._device.put(domain, adapter, adapter.nbytes, pinned=domain.pinned)
+        return adapter
+
+    def _prepare_in(self, domain: _Domain, slates: Sequence[Slate]) -> list[Prepared]:
+        _check_features(domain, slates)
+        adapter = self._resident(domain)
+        trees = [domain.template.tree(slate) for slate in slates]
+        return [
+            Prepared(slate, tree, token_count(tree), domain, adapter)
+            for slate, tree in zip(slates, trees, strict=True)
+        ]
+
+    def _resident(self, domain: _Domain) -> Banked | None:
+        """Returns a domain's adapter, on the device; from host memory or its files if need be."""
+        if domain.read is None:
+            return None
+        adapter = self._device.get(domain)
+        if adapter is not None:
+            return adapter
+        with domain.loading:
+            adapter = self._device.get(domain)
+            if adapter is not None:  # another thread has just brought it
+                return adapter
+            files = self._host.get(domain)
+            adapter = self._place(domain, domain.read() if files is None else files)
+        if self._domains.get(domain.name) is not domain:  # replaced or unloaded meanwhile
+            self._forget(domain)
+        return adapter
+
+    def _forget(self, domain: _Domain) -> None:
+        self._device.drop(domain)
+        self._host.drop(domain)
+
+    def _info(self, domain: _Domain) -> AdapterInfo:
+        tier: Literal["device", "host", "disk"] = "disk"
+        if domain.read is None or domain in self._device:
+            tier = "device"
+        elif domain in self._host:
+            tier = "host"
+        return AdapterInfo(
+            domain.name, domain.method, domain.version, domain.source, domain.nbytes, tier,
+            domain.pinned,
+        )  # fmt: skip
 
     def _find(self, domain: str | None) -> _Domain:
         domains = self._domains
@@ -289,49 +530,55 @@ class Ranker:
             )
         return domains[domain]
 
-    def _score(self, slates: Sequence[Slate], domain: str | None) -> list[Scores]:
-        groups: dict[str | None, list[int]] = {}
-        for index, slate in enumerate(slates):
-            groups.setdefault(slate.domain if domain is None else domain, []).append(index)
-        # All domains are looked up before any is scored: an unknown one costs no work, and each
-        # keeps one adapter for the whole call.
-        found = {name: self._find(name) for name in groups}
-        scores: list[Scores] = [()] * len(slates)
-        for name, indices in groups.items():
-            done = self._score_in(found[name], [slates[i] for i in indices])
-            for index, values in zip(indices, done, strict=True):
-                scores[index] = values
+    def _score_pass(self, prepared: Sequence[Prepared]) -> list[Scores]:
+        """Returns the scores of slates that fit one forward pass."""
+        members: dict[tuple[_Domain, Banked | None], list[int]] = {}
+        for index, one in enumerate(prepared):
+            members.setdefault((one._domain, one._adapter), []).append(index)
+        keys = {key: group for group, key in enumerate(members)}
+        batch = pack(
+            [one.tree for one in prepared],
+            pad_token_id=self.base.pad_token_id,
+            row_tokens=self._row_tokens,
+            groups=[keys[one._domain, one._adapter] for one in prepared],
+        )
+        batch = move(batch, self.base.device)
+        adapters = [adapter for _, adapter in keys]
+        spans = [(adapters[group], start, stop) for group, start, stop in batch.spans]
+        scores: list[Scores] = [()] * len(prepared)
+        with torch.inference_mode(), self._bank.using(adapters[0] if len(keys) == 1 else spans):
+            states = hidden_states(self.base, batch)
+            for (domain, _), indices in members.items():
+                done = self._read(
+                    domain, states, batch, [prepared[i].slate for i in indices], indices
+                )
+                for index, values in zip(indices, done, strict=True):
+                    scores[index] = values
         return scores
 
-    def _score_in(self, domain: _Domain, slates: Sequence[Slate]) -> list[Scores]:
-        _check_features(domain, slates)
-        trees = [domain.template.tree(slate) for slate in slates]
-        lengths = [token_count(tree) for tree in trees]
-        order = _packing_order(slates, lengths)
-        groups = micro_batches(
-            [lengths[i] for i in order], self._micro_tokens, row_tokens=self._row_tokens
-        )
-        scores: list[Scores] = [()] * len(slates)
-        for group in groups:
-            chosen = [order[i] for i in group]
-            batch = pack(
-                [trees[i] for i in chosen],
-                pad_token_id=self.base.pad_token_id,
-                row_tokens=self._row_tokens,
+    def _read(
+        self,
+        domain: _Domain,
+        states: Tensor,
+        batch: Batch,
+        slates: Sequence[Slate],
+        indices: Sequence[int],
+    ) -> list[Scores]:
+        names, features = domain.feature_names, None
+        if names:
+            length = batch.mask.shape[1]
+            features = feature_tensor(slates, names, length=length).to(states.device)
+        own = of_slates(batch, indices, features)
+        values = read(domain.readout, states, own).float().cpu()
+        if not bool(torch.isfinite(values).all()):
+            raise AdapterError(
+                f"domain {domain.name!r} gave NaN or infinite scores in "
+                f"{self.base.identity.compute_dtype}. Load the base with another compute_dtype."
             )
-            if domain.feature_names:
-                numbers = feature_tensor([slates[i] for i in chosen], domain.feature_names)
-                batch = replace(batch, features=numbers)
-            with torch.inference_mode(), self._bank.using(domain.adapter):
-                values = domain.model(move(batch, self.base.device)).float().cpu()
-            if not bool(torch.isfinite(values).all()):
-                raise AdapterError(
-                    f"domain {domain.name!r} gave NaN or infinite scores in "
-                    f"{self.base.identity.compute_dtype}. Load the base with another compute_dtype."
-                )
-            for index, row in zip(chosen, _twins_equal(values, batch), strict=True):
-                scores[index] = tuple(row[: len(slates[index].candidates)])
-        return scores
+        rows = _twins_equal(values, own)
+        return [
+            tuple(row[: len(slate.candidates)]) for slate, row in zip(slates, rows, strict=True)
+        ]
 
 
 def _ranked(slate: Slate, scores: Scores, k: int | None) -> RankedList:
@@ -348,10 +595,11 @@ def _twins_equal(values: Tensor, batch: Batch) -> list[list[float]]:
     """
     rows = values.tolist()
     places = torch.stack([batch.row, batch.end], dim=-1).tolist()
+    features = None if batch.features is None else batch.features.cpu()
     for s, row in enumerate(rows):
         first: dict[tuple[Any, ...], int] = {}
         for n, place in enumerate(places[s]):
-            numbers = b"" if batch.features is None else batch.features[s, n].numpy().tobytes()
+            numbers = b"" if features is None else features[s, n].numpy().tobytes()
             row[n] = row[first.setdefault((*place, numbers), n)]
     return rows
 
@@ -361,17 +609,34 @@ def _turn(readout: nn.Module) -> str:
     return turn
 
 
-def _packing_order(slates: Sequence[Slate], lengths: Sequence[int]) -> list[int]:
-    """Returns slate indices such that a user's slates, and slates of a length, are neighbours."""
-    longest: dict[str, int] = {}
-    for slate, length in zip(slates, lengths, strict=True):
-        longest[slate.user_id] = max(length, longest.get(slate.user_id, 0))
+def _packing_order(prepared: Sequence[Prepared]) -> list[int]:
+    """Returns indices such that a domain's, a user's, and slates of a length are neighbours."""
+    domains: dict[_Domain, int] = {}
+    longest: dict[tuple[_Domain, str], int] = {}
+    for one in prepared:
+        domains.setdefault(one._domain, len(domains))
+        user = one._domain, one.slate.user_id
+        longest[user] = max(one.tokens, longest.get(user, 0))
 
-    def key(index: int) -> tuple[int, str, int]:
-        user = slates[index].user_id
-        return -longest[user], user, -lengths[index]
+    def key(index: int) -> tuple[int, int, str, int]:
+        one = prepared[index]
+        user = one.slate.user_id
+        return domains[one._domain], -longest[one._domain, user], user, -one.tokens
 
-    return sorted(range(len(slates)), key=key)
+    return sorted(range(len(prepared)), key=key)
+
+
+def _with_history(slate: Slate, kept: Sequence[int]) -> Slate:
+    feedback = slate.history_feedback
+    return replace(
+        slate,
+        history=tuple(slate.history[i] for i in kept),
+        history_feedback=None if feedback is None else tuple(feedback[i] for i in kept),
+    )
+
+
+def _nbytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _check_features(domain: _Domain, slates: Sequence[Slate]) -> None:

@@ -118,3 +118,7 @@ class Batch:
     features: Tensor | None = None
     """(S, N, F) float, NaN = missing."""
     slate_ids: tuple[str, ...] = ()
+    spans: tuple[tuple[int, int, int], ...] = ()
+    """(group, start, stop): which tokens of the flattened (R * T) rows belong to the trees of a
+    group, in order; padding at the end of a row belongs to the group before it. Empty where trees
+    were packed as one group."""

@@ -353,8 +353,8 @@ def test_layernorm_trains_copies_that_leave_with_the_adapter(base):
         path = name.removeprefix("base_model.model.").replace("bottleneck.norm_", "")
         by_hand.model.get_parameter(path).copy_(value)
     bank = Bank(by_hand)
-    bank.add("news", AdapterFiles(config.to_dict(), others, {}, {}))
-    with bank.using("news"):
+    news = bank.place("news", AdapterFiles(config.to_dict(), others, {}, {}))
+    with bank.using(news):
         assert torch.equal(hidden(base), hidden(by_hand))
     with model.disable_adapter():
         assert torch.equal(hidden(base), plain)
@@ -374,8 +374,8 @@ def test_the_bank_refuses_normalization_weights_that_do_not_fit(tiny_decoder):
         {**tensors, name.replace("input_layernorm", "mlp.up_proj"): torch.ones(32)},
     ):
         with pytest.raises(AdapterError, match="belongs to another base"):
-            served.add("news", AdapterFiles(config.to_dict(), wrong, {}, {}))
-    served.add("news", AdapterFiles(config.to_dict(), tensors, {}, {}))
+            served.place("news", AdapterFiles(config.to_dict(), wrong, {}, {}))
+    served.place("news", AdapterFiles(config.to_dict(), tensors, {}, {}))
 
 
 def test_files_of_another_method_are_refused(tiny_decoder, tmp_path):

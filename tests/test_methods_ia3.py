@@ -59,6 +59,6 @@ def test_files_that_are_no_ia3_or_of_another_base_are_refused(tiny_decoder):
         ({**tensors, name: torch.ones(1, 16)}, "16 factors for the input of .* has 32"),
     ):
         with pytest.raises(AdapterError, match=message):
-            bank.add("news", AdapterFiles(config.to_dict(), wrong, {}, {}))
+            bank.place("news", AdapterFiles(config.to_dict(), wrong, {}, {}))
     with pytest.raises(AdapterError, match="modules_to_save"):
         ia3_factors({**config.to_dict(), "modules_to_save": ["lm_head"]}, tensors)

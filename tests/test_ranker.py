@@ -378,7 +378,7 @@ def test_candidate_features_reach_the_readout_in_the_order_of_training(
 
 def test_scores_that_are_not_finite_are_an_error(stocked, make_slate):
     ranker, _ = stocked
-    readout = ranker._domains["news"].model.readout
+    readout = ranker._domains["news"].readout
     with torch.no_grad():
         next(readout.parameters()).fill_(float("inf"))
     with pytest.raises(AdapterError, match="NaN or infinite scores"):

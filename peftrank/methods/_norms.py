@@ -63,10 +63,11 @@ def _anew(
     output: Tensor,
 ) -> Tensor:
     chosen = weights()
-    return output if chosen is None else _with_weights(norm, chosen)(*args)
+    return output if chosen is None else with_weights(norm, chosen)(*args)
 
 
-def _with_weights(norm: nn.Module, weights: Weights) -> Callable[..., Tensor]:
+def with_weights(norm: nn.Module, weights: Weights) -> nn.Module:
+    """Returns a twin of a normalization layer that computes with other weights."""
     # The layer's own class computes it, so Gemma's 1 + weight is right too. A twin rather than
     # torch.func.functional_call, which writes into the layer that other threads are using.
     twin = copy.copy(norm)

@@ -1,6 +1,6 @@
 """Slates as the model reads them: text, token trees, and packed batches."""
 
-from peftrank.prompts.pack import collate, feature_tensor, micro_batches, pack
+from peftrank.prompts.pack import collate, feature_tensor, micro_batches, of_slates, pack
 from peftrank.prompts.template import PromptTemplate
 from peftrank.prompts.tree import render, separate_token_count, token_count
 
@@ -9,6 +9,7 @@ __all__ = [
     "collate",
     "feature_tensor",
     "micro_batches",
+    "of_slates",
     "pack",
     "render",
     "separate_token_count",

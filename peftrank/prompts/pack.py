@@ -23,6 +23,7 @@ from peftrank.prompts.template import PromptTemplate
 from peftrank.prompts.tree import token_count
 from peftrank.types import Batch, PromptTree, Slate
 
+_PLACES = ("row", "end", "start", "stop", "before", "mask")
 _TIGHTER = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75)
 
 
@@ -62,6 +63,7 @@ def pack(
     row_tokens: int = 512,
     labels: Sequence[Sequence[float] | None] | None = None,
     features: Tensor | None = None,
+    groups: Sequence[int] | None = None,
 ) -> Batch:
     """Returns trees packed into rows; what a candidate sees is its own path, whatever lies beside.
 
@@ -74,6 +76,8 @@ def pack(
         row_tokens: The most tokens in a row that holds several trees.
         labels: Per tree one value per candidate, or None; any None means a batch without labels.
         features: (S, N, F) float, NaN = missing.
+        groups: Per tree a number, where trees of different groups are read with different
+            adapters. They then share no tokens, and `spans` says which tokens are whose.
 
     Raises:
         DataError: no trees, or labels that do not fit the candidates.
@@ -81,14 +85,38 @@ def pack(
     if not trees:
         raise DataError("no slates to pack; expected at least one")
     trie = _Trie()
-    nodes = [trie.add(tree) for tree in trees]
-    rows = [_row(trie, nodes, members) for members in _plan(trie, trees, nodes, row_tokens)]
+    group = [0] * len(trees) if groups is None else list(groups)
+    nodes = [trie.add(tree, g) for tree, g in zip(trees, group, strict=True)]
+    plan = [
+        sorted(members, key=group.__getitem__) for members in _plan(trie, trees, nodes, row_tokens)
+    ]
+    plan.sort(key=lambda members: group[members[0]])  # few, long spans
+    rows = [_row(trie, nodes, members) for members in plan]
     return Batch(
         **_token_tensors(trie, rows, pad_token_id),
+        spans=() if groups is None else _spans(trie, rows),
         **_candidate_tensors(trie, trees, nodes, rows),
         labels=_labels(trees, labels),
         features=features,
         slate_ids=tuple(tree.slate_id for tree in trees),
+    )
+
+
+def of_slates(batch: Batch, indices: Sequence[int], features: Tensor | None = None) -> Batch:
+    """Returns the batch with only these of its slates to score; the rows stay as they are.
+
+    Args:
+        batch: Packed trees.
+        indices: Which slates, in the order wanted.
+        features: (len(indices), N, F) of these slates.
+    """
+    places = {name: getattr(batch, name)[indices] for name in _PLACES}
+    return replace(
+        batch,
+        **places,
+        labels=None if batch.labels is None else batch.labels[indices],
+        features=features,
+        slate_ids=tuple(batch.slate_ids[i] for i in indices),
     )
 
 
@@ -130,15 +158,17 @@ class _Trie:
     parent: list[int] = field(default_factory=list)
     depth: list[int] = field(default_factory=list)
     """Tokens on the path before the node's first."""
-    _index: dict[tuple[int, tuple[int, ...]], int] = field(default_factory=dict)
+    group: list[int] = field(default_factory=list)
+    _index: dict[tuple[int, int, tuple[int, ...]], int] = field(default_factory=dict)
 
-    def add(self, tree: PromptTree) -> list[int]:
+    def add(self, tree: PromptTree, group: int) -> list[int]:
         """Returns the node of each of the tree's segments, new ones added."""
         nodes: list[int] = []
         for segment in tree.segments:
             parent = -1 if segment.parent < 0 else nodes[segment.parent]
-            node = self._index.setdefault((parent, segment.tokens), len(self.tokens))
+            node = self._index.setdefault((group, parent, segment.tokens), len(self.tokens))
             if node == len(self.tokens):
+                self.group.append(group)
                 self.tokens.append(segment.tokens)
                 self.parent.append(parent)
                 above = 0 if parent < 0 else self.depth[parent] + len(self.tokens[parent])
@@ -254,6 +284,21 @@ def _token_tensors(trie: _Trie, rows: Sequence[_Row], pad_token_id: int) -> dict
     }
 
 
+def _spans(trie: _Trie, rows: Sequence[_Row]) -> tuple[tuple[int, int, int], ...]:
+    """Returns (group, start, stop) over the flattened rows, neighbours of a group merged."""
+    tokens = max(row.size for row in rows)
+    spans: list[tuple[int, int, int]] = []
+    for r, row in enumerate(rows):
+        for i, (node, start) in enumerate(zip(row.nodes, row.starts, strict=True)):
+            group, first = trie.group[node], r * tokens + int(start)
+            if not spans or spans[-1][0] != group:
+                spans.append((group, first, first))
+            last = i == len(row.nodes) - 1
+            stop = (r + 1) * tokens if last else first + int(row.lengths[i])
+            spans[-1] = (group, spans[-1][1], stop)
+    return tuple(spans)
+
+
 def _candidate_tensors(
     trie: _Trie,
     trees: Sequence[PromptTree],
@@ -307,9 +352,18 @@ def _labels(
     return padded
 
 
-def feature_tensor(slates: Sequence[Slate], names: Sequence[str]) -> Tensor:
-    """Returns candidate features (S, N, F), NaN where unknown or padded."""
-    shape = (len(slates), max(len(slate.candidates) for slate in slates), len(names))
+def feature_tensor(
+    slates: Sequence[Slate], names: Sequence[str], *, length: int | None = None
+) -> Tensor:
+    """Returns candidate features (S, N, F), NaN where unknown or padded.
+
+    Args:
+        slates: At least one.
+        names: The F features.
+        length: N; absent: that of the longest slate.
+    """
+    longest = max(len(slate.candidates) for slate in slates)
+    shape = (len(slates), longest if length is None else length, len(names))
     values = np.full(shape, np.nan, dtype=np.float32)
     for s, slate in enumerate(slates):
         for c, item in enumerate(slate.candidates):

@@ -110,6 +110,15 @@ class PromptTemplate:
                 history, or a tree that is too large even without history.
             ConfigError: a part fails on this slate.
         """
+        trunk, leaves, _ = self._lay_out(slate)
+        return grow(slate.slate_id, trunk, leaves, mode=self.mode)
+
+    def history_read(self, slate: Slate) -> tuple[int, ...]:
+        """Returns which history items the slate's prompt tree holds, by index; see `tree`."""
+        return self._lay_out(slate)[2]
+
+    def _lay_out(self, slate: Slate) -> tuple[list[Tokens], list[CandidateTokens], tuple[int, ...]]:
+        """Returns the trunk's segments, the candidates, and the history items in the trunk."""
         if not slate.candidates:
             raise DataError(f"slate {slate.slate_id!r} has no candidates")
         context = {name: clean(text) for name, text in slate.context.items()}
@@ -118,7 +127,7 @@ class PromptTemplate:
         history = self._history(slate, context)
         candidates = [self._candidate(slate, item, context) for item in slate.candidates]
         answers = [self._answer(item, context) for item in slate.candidates]
-        pieces = (piece for item in (*history, *candidates) for piece in item)
+        pieces = (piece for item in (*history.values(), *candidates) for piece in item)
         ids = self._encode({preamble, question, *answers, *pieces})
 
         root = self._opening + ids[preamble]
@@ -135,9 +144,10 @@ class PromptTemplate:
             closing = self._closing if self.turn == "after" else ()
             tokens += ids[answer] + closing + self._ending
             leaves.append(CandidateTokens(tokens, start, stop))
-        trunk = [self._item(ids, text).tokens for text in history]
-        trunk = self._fit(slate, len(root) + len(asked), trunk, leaves)
-        return grow(slate.slate_id, [root, *trunk, asked], leaves, mode=self.mode)
+        trunk = [self._item(ids, text).tokens for text in history.values()]
+        kept = self._fit(slate, len(root) + len(asked), trunk, leaves)
+        read = tuple(history)[len(trunk) - len(kept) :]
+        return [root, *kept, asked], leaves, read
 
     def _check(self, parts: Mapping[str, str]) -> None:
         choices = (
@@ -193,20 +203,21 @@ class PromptTemplate:
         values: dict[str, object] = {name: clean(item.fields.get(name, "")) for name in self.fields}
         return {**values, "context": context}
 
-    def _history(self, slate: Slate, context: Mapping[str, str]) -> list[PartText]:
+    def _history(self, slate: Slate, context: Mapping[str, str]) -> dict[int, PartText]:
+        """Returns the text of each history item that has any, by its index in the slate."""
         feedback = slate.history_feedback or (None,) * len(slate.history)
         if len(feedback) != len(slate.history):
             raise DataError(
                 f"slate {slate.slate_id!r} has {len(slate.history)} history items but "
                 f"{len(feedback)} values in history_feedback"
             )
-        texts = []
+        texts = {}
         first = max(0, len(slate.history) - self.history_length)
         for index in range(first, len(slate.history)):
             values = self._values(slate.history[index], context)
             if any(values[name] for name in self.fields):
                 values.update(feedback=feedback[index], position=index + 1)
-                texts.append(self._compiled["history"].render(values))
+                texts[index] = self._compiled["history"].render(values)
         return texts
 
     def _candidate(self, slate: Slate, item: Item, context: Mapping[str, str]) -> PartText:

@@ -146,20 +146,20 @@ def test_one_base_serves_two_adapters_in_turn_and_stays_as_it_was(name, base):
     """Swapping A, B, A gives A's states again, those of training; the base keeps its hash."""
     untouched = base_from_model(copy.deepcopy(base.model), base.tokenizer, name="served")
     before = state_hash(untouched.model)
-    bank, expected = Bank(untouched), {}
+    bank, placed, expected = Bank(untouched), {}, {}
     for adapter, steps in (("a", 3), ("b", 5)):
         twin = base_from_model(copy.deepcopy(untouched.model), base.tokenizer, name="trained")
         method, model, _ = start(name, twin)
         train(method, model, twin, steps)
         config, tensors = method.export(model)
-        bank.add(adapter, AdapterFiles(config.to_dict(), tensors, {}, {}))
+        placed[adapter] = bank.place(adapter, AdapterFiles(config.to_dict(), tensors, {}, {}))
         with torch.no_grad():
             expected[adapter] = hidden(twin)
     assert (expected["a"] - expected["b"]).abs().max() > 1e-4
     with torch.no_grad():
         plain = hidden(untouched)
         for adapter in ("a", "b", "a"):
-            with bank.using(adapter):
+            with bank.using(placed[adapter]):
                 torch.testing.assert_close(hidden(untouched), expected[adapter], rtol=0, atol=1e-5)
         assert torch.equal(hidden(untouched), plain)
     assert state_hash(untouched.model) == before
