@@ -2,7 +2,8 @@
 
 Each change is one Lua script, so Redis makes it whole or not at all. How safe an acknowledged event
 is, is a setting of Redis: with `appendonly yes` and `appendfsync always` it is on the disk, with
-the usual `everysec` the last second may be lost with the machine. Redis Cluster is not supported.
+the usual `everysec` the last second may be lost with the machine. A forgotten user is gone from
+Redis at once, and from its files when it next rewrites them. Redis Cluster is not supported.
 
     peftrank:history:1:arrivals                  a counter
     peftrank:history:1:<user>:domains            set: where this user has events
@@ -40,6 +41,8 @@ _APPEND = """
 local prefix, max_items, remember = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) + tonumber(clock[2]) / 1000000
+-- First, because Redis refuses a script for want of memory at its first write or not at all.
+local arrival = redis.call('INCRBY', prefix .. 'arrivals', (#ARGV - 3) / 5)
 local stored = 0
 for i = 4, #ARGV, 5 do
   local user, domain, timestamp = prefix .. ARGV[i], ARGV[i + 1], ARGV[i + 2]
@@ -47,8 +50,8 @@ for i = 4, #ARGV, 5 do
   local events, ids = user .. ':events:' .. domain, user .. ':ids:' .. domain
   redis.call('ZREMRANGEBYSCORE', ids, '-inf', now)
   if event_id == '' or redis.call('ZADD', ids, 'NX', '+inf', event_id) == 1 then
-    local arrival = redis.call('INCR', prefix .. 'arrivals')
-    redis.call('ZADD', events, timestamp, string.format('%016d', arrival) .. body)
+    local place = string.format('%016d', arrival - (#ARGV - i) / 5)
+    redis.call('ZADD', events, timestamp, place .. body)
     redis.call('SADD', user .. ':domains', domain)
     stored = stored + 1
   end

@@ -8,6 +8,7 @@ events with the power. Deleted events are overwritten, so that a forgotten user 
 from __future__ import annotations
 
 import contextlib
+import random
 import sqlite3
 import threading
 import time
@@ -24,7 +25,7 @@ _CONNECTIONS = 16
 _SCHEMA = (
     """CREATE TABLE events (
         arrival INTEGER PRIMARY KEY, user_id TEXT NOT NULL, domain TEXT NOT NULL,
-        timestamp REAL NOT NULL, event_id TEXT, body TEXT NOT NULL)""",
+        timestamp REAL NOT NULL, event_id TEXT, body BLOB NOT NULL)""",
     "CREATE INDEX events_in_order ON events (user_id, domain, timestamp, arrival)",
     # An id is known while its event is kept (until is null), and then until a time.
     """CREATE TABLE ids (
@@ -181,10 +182,13 @@ class SqliteHistory:
         return connection
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        new = self._is_new(connection)  # before anything is written to a file that is not ours
+        # First, so that nothing is written to a file that is not ours.
+        connection.execute("BEGIN")
+        new = self._is_new(connection)
+        connection.execute("COMMIT")
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA secure_delete = ON")
-        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        mode = _use_log(connection)
         if mode != "wal" and not self._lasting:
             raise HistoryError(
                 f"the history {self._name} lies on a file system that cannot share a log between "
@@ -224,7 +228,21 @@ class SqliteHistory:
             raise HistoryError(f"the history {self._name}: {reason} ({error}).") from error
 
 
-def _insert(connection: sqlite3.Connection, event: Event, body: str) -> bool:
+def _use_log(connection: sqlite3.Connection) -> str:
+    """Returns the journal mode, which is `wal` wherever that is possible."""
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+            return str(mode)
+        except sqlite3.OperationalError as error:
+            # Where two processes make the change in a new file at once, SQLite lets neither wait.
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(random.uniform(0.001, 0.02))
+
+
+def _insert(connection: sqlite3.Connection, event: Event, body: bytes) -> bool:
     """Returns whether the event is new; then it was stored."""
     key = (event.user_id, event.domain)
     if event.event_id is not None:

@@ -116,8 +116,8 @@ def open_history(url: str, *, max_items: int = 500, remember_seconds: float = 86
     raise ConfigError(f"the history's URL begins with {scheme!r}; expected {_SCHEMES}")
 
 
-def encode(events: Sequence[Event]) -> list[str]:
-    """Returns each event, less its user and domain, as a JSON text.
+def encode(events: Sequence[Event]) -> list[bytes]:
+    """Returns each event, less its user and domain, as JSON.
 
     Raises:
         DataError: an event holds what cannot be stored.
@@ -131,11 +131,11 @@ def encode(events: Sequence[Event]) -> list[str]:
     return bodies
 
 
-def decode(user_id: str, domain: str, body: str | bytes) -> Event:
-    """Returns the event of a JSON text.
+def decode(user_id: str, domain: str, body: bytes) -> Event:
+    """Returns the event of what `encode` made of it.
 
     Raises:
-        HistoryError: the text is none that `encode` made.
+        HistoryError: it is nothing that `encode` makes.
     """
     try:
         record = json.loads(body)
@@ -162,7 +162,7 @@ def check_text(value: str, name: str) -> str:
         raise DataError(str(error)) from None
 
 
-def _encode(event: Event) -> str:
+def _encode(event: Event) -> bytes:
     _text(event.user_id, "user_id")
     _text(event.domain, "domain")
     if event.event_id is not None:
@@ -175,7 +175,7 @@ def _encode(event: Event) -> str:
         "event_id": event.event_id,
         "item": item,
     }
-    return json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 def _text(value: object, name: str) -> str:
