@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -18,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.measure import machine, write
 from peftrank import plugins
 from peftrank.base import Base, load_base
 from peftrank.config import Config, DataConfig, load_config
@@ -59,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(error.exit_code, f"error: {error}\n")
     print(markdown(result))
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write(options.json, result)
 
 
 def measure(
@@ -77,7 +74,7 @@ def measure(
         rows.append(row)
     return {
         "data": _fingerprint(data),
-        "machine": _machine(),
+        "machine": machine(),
         "accuracy": as_json("games test", rows),
         "training": training,
     }
@@ -162,20 +159,6 @@ def _fingerprint(folder: Path) -> dict[str, Any]:
     """Returns what `data prepare` recorded: which slates these are, and how many."""
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     return {"fingerprint": meta["fingerprint"], "slates": meta["counts"]["slates"]}
-
-
-def _machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")  # Linux; `platform` does not know the processor's name
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return {
-        "platform": platform.system(),
-        "python": platform.python_version(),
-        "processor": next(named, platform.machine()),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
 
 
 def markdown(result: dict[str, Any]) -> str:

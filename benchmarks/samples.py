@@ -14,18 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import describe, machine, write
 from peftrank import evaluation
 from peftrank.base import Base, load_base
 from peftrank.config import Config, load_config
 from peftrank.evaluation.report import as_json
-from peftrank.files import write_bytes
 from peftrank.ranker import Ranker
 from peftrank.training import train
 from peftrank.training.data import read_part
@@ -62,7 +59,7 @@ def main() -> None:
                 own = load_config(domain=domain).method.name == method
                 store = arguments.ship if own and arguments.ship else arguments.store
                 measured["methods"][method] = _pair(config, base, store)
-                _write(arguments.json, results)
+                write(arguments.json, results)
     print(table(results))
 
 
@@ -160,14 +157,7 @@ def _read(path: Path) -> dict[str, Any]:
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
-    packages = ("torch", "transformers", "peft", "bitsandbytes")
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
-    return {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {versions}", "domains": {}}
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, json.dumps(results, indent=1).encode())
+    return {"machine": describe(machine()), "domains": {}}
 
 
 if __name__ == "__main__":

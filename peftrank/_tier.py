@@ -26,7 +26,7 @@ class Tier(Generic[T]):
     """A bounded cache. `get` takes no lock, so that readers never wait for one another."""
 
     def __init__(self, budget: int | None):
-        """`budget`: bytes kept; None for no limit. A larger value is kept alone."""
+        """`budget`: bytes kept; None for no limit. A value that alone exceeds it is not kept."""
         self.budget = budget
         self._entries: dict[Hashable, _Entry[T]] = {}
         self._writing = threading.Lock()
@@ -49,7 +49,13 @@ class Tier(Generic[T]):
         return entry.value
 
     def put(self, key: Hashable, value: T, nbytes: int, *, pinned: bool = False) -> None:
-        """Keeps a value; unpinned others go, longest unused first, until all fit the budget."""
+        """Keeps a value; unpinned others go, longest unused first, until all fit the budget.
+
+        A pinned value is kept whatever its size.
+        """
+        if self.budget is not None and nbytes > self.budget and not pinned:
+            self.drop(key)
+            return
         with self._writing:
             self._entries[key] = _Entry(value, nbytes, pinned, next(self._clock))
             if self.budget is None:

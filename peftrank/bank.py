@@ -141,7 +141,7 @@ class Bank:
                     f"adapter {name!r} changes a {given} weight at {path!r}, where the base has "
                     f"{expected}. It belongs to another base."
                 )
-            changes[path, "linear"], size = _lora_change(linear, layer)
+            changes[path, "linear"], size = _lora_change(linear, layer, self._ready)
             nbytes += size
         return Banked(name, changes, nbytes)
 
@@ -156,7 +156,7 @@ class Bank:
                     f"adapter {name!r} has {factors.numel()} factors for the {where} of {path!r}, "
                     f"where the base has {expected}. It belongs to another base."
                 )
-            placed = _placed(factors, linear.weight.device)
+            placed = _placed(factors, linear.weight.device)  # float32: see methods/ia3.py
             if where == "input":
                 changes[path, "linear input"] = partial(_scaled, factors=placed)
             else:
@@ -169,7 +169,7 @@ class Bank:
         nbytes = 0
         for site in bottleneck_sites(files.peft_config, files.tensors):
             device = next(self._module(name, site.path).parameters()).device
-            down_w, down_b, up_w, up_b = (_placed(files.tensors[n], device) for n in site.names)
+            down_w, down_b, up_w, up_b = (self._ready(files.tensors[n], device) for n in site.names)
             if up_w.shape[0] != self.base.hidden_size:
                 raise AdapterError(
                     f"adapter {name!r} has width {up_w.shape[0]} at {site.path!r}, where the base "
@@ -202,6 +202,15 @@ class Bank:
             )
         weight = module.get_parameter("weight")
         return {part: _placed(t, weight.device).to(weight.dtype) for part, t in weights.items()}
+
+    def _ready(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """Returns a factor of a matrix product in the type that the product is computed in.
+
+        In a bfloat16 base that is bfloat16, by autocast: so the numbers are the same, and the
+        weights take half the memory and are not cast anew in each pass.
+        """
+        half = self.base.compute_dtype == torch.bfloat16
+        return _placed(tensor.to(torch.bfloat16) if half else tensor, device)
 
     def _module(self, name: str, path: str) -> nn.Module:
         if path not in self._modules:
@@ -284,12 +293,12 @@ def _normalized(twin: nn.Module, x: Tensor, _: Tensor) -> Tensor:
 
 
 def _lora_change(
-    linear: nn.Linear, layer: LoraLayer
+    linear: nn.Linear, layer: LoraLayer, ready: Callable[[Tensor, torch.device], Tensor]
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
     """Returns (input, output) -> output with the update, and the bytes it holds."""
     device = linear.weight.device
-    a, b = _placed(layer.a, device), _placed(layer.b, device)
-    bias = None if layer.bias is None else _placed(layer.bias, device)
+    a, b = ready(layer.a, device), ready(layer.b, device)
+    bias = None if layer.bias is None else ready(layer.bias, device)
     stretch = None if layer.magnitude is None else _stretch(linear, layer)
     # PEFT rounds the update before the sum on bitsandbytes layers, and the sum elsewhere.
     early = type(linear).__module__.startswith("bitsandbytes.")

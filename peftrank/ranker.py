@@ -54,7 +54,7 @@ class AdapterInfo:
     """In a store, its number; on the Hub, the commit; else the folder's name."""
     source: str
     nbytes: int
-    """Of the adapter's and the readout's weights."""
+    """Of the adapter's and the readout's weights on the base's device."""
     tier: Literal["device", "host", "disk"]
     """Where the adapter's weights are now."""
     pinned: bool
@@ -124,7 +124,7 @@ class Ranker:
         micro_tokens: int = 4096,
         row_tokens: int = 512,
         device_bytes: int | None = None,
-        host_bytes: int | None = None,
+        host_bytes: int | None = 0,
     ):
         """Wraps a loaded base. Nothing in it is changed.
 
@@ -134,8 +134,8 @@ class Ranker:
             micro_tokens: Tokens per forward pass; a single larger slate is a pass of its own.
             row_tokens: Tokens in a packed row that holds several slates.
             device_bytes: Adapter weights kept on the base's device, beside those in use; None: all.
-            host_bytes: Adapter weights kept in host memory; None: all. On a CPU both tiers are the
-                same memory, and an adapter in both takes it once.
+            host_bytes: Adapter files kept in host memory, for adapters that leave the device to
+                come back without the disk; None: all. Nothing is gained while all stay there.
         """
         self.base = base
         self.store = Path(store)
@@ -199,7 +199,7 @@ class Ranker:
             domain: The name to load it under; absent: the one it was trained for.
             allow_code: Let an adapter's readout be `package.module:object`, which imports code
                 that is not PeftRank's. Set it only for adapters you made or checked.
-            pin: Keep it on the device and in host memory whatever the budgets.
+            pin: Keep it on the device whatever the budget.
 
         Raises:
             AdapterError: it is missing, damaged, cannot be had from the Hub, or belongs to another
@@ -229,19 +229,20 @@ class Ranker:
                 f"the adapter {source} has a prompt for turn={template.turn!r} but its readout "
                 f"{wanted['name']!r} needs {_turn(readout)!r}"
             )
+        adapter = self._bank.place(name, files)
         made = _Domain(
             name,
             method=manifest["method"]["name"],
             version=version,
             source=str(source),
-            nbytes=_nbytes(files.tensors) + _nbytes(files.readout),
+            nbytes=adapter.nbytes + _nbytes(readout.state_dict()),
             pinned=pin,
             read=read_again,
             template=template,
             readout=readout,
             feature_names=tuple(wanted["feature_names"]),
         )
-        self._place(made, files)
+        self._keep(made, files, adapter)
         self._put(made)
         return name
 
@@ -469,11 +470,10 @@ class Ranker:
         if earlier is not None:
             self._forget(earlier)
 
-    def _place(self, domain: _Domain, files: AdapterFiles) -> Banked:
-        adapter = self._bank.place(domain.name, files)
-        self._host.put(domain, files, _nbytes(files.tensors), pinned=domain.pinned)
+    def _keep(self, domain: _Domain, files: AdapterFiles, adapter: Banked) -> None:
         self._device.put(domain, adapter, adapter.nbytes, pinned=domain.pinned)
-        return adapter
+        if not domain.pinned:  # what is pinned never leaves the device
+            self._host.put(domain, files, _nbytes(files.tensors))
 
     def _prepare_in(self, domain: _Domain, slates: Sequence[Slate]) -> list[Prepared]:
         _check_features(domain, slates)
@@ -495,8 +495,9 @@ class Ranker:
             adapter = self._device.get(domain)
             if adapter is not None:  # another thread has just brought it
                 return adapter
-            files = self._host.get(domain)
-            adapter = self._place(domain, domain.read() if files is None else files)
+            files = self._host.get(domain) or domain.read()
+            adapter = self._bank.place(domain.name, files)
+            self._keep(domain, files, adapter)
         if self._domains.get(domain.name) is not domain:  # replaced or unloaded meanwhile
             self._forget(domain)
         return adapter

@@ -115,9 +115,12 @@ def test_the_bank_equals_peft_in_bfloat16(tiny_decoder, method):
     model, files = trained(clone(base), method)
     bank = Bank(base)
     news = bank.place("news", files)
-    with bank.using(news):
-        got = hidden(base.model)
-    assert torch.equal(got, hidden(model))
+    with torch.autocast("cpu", torch.bfloat16):  # as a RankingModel runs both
+        with bank.using(news):
+            got = hidden(base.model)
+        expected = hidden(model)
+    # PEFT computes DoRA's norms anew in each pass, here in bfloat16; the bank once, in float32.
+    assert relative(got, expected) <= (1e-2 if method == "dora" else 0.0)
 
 
 def test_rank_and_alpha_patterns_and_lora_bias_are_peft_s(tiny_decoder):
@@ -372,7 +375,7 @@ def test_the_bank_equals_peft_on_the_quantized_base(smollm2_nf4, method, tmp_pat
     ids = torch.arange(64).view(2, 32) + 100
 
     def run(model):
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # as a RankingModel does
             return model(input_ids=ids, output_hidden_states=True).hidden_states[-1].float()
 
     name, options = METHODS[method]
@@ -395,4 +398,5 @@ def test_the_bank_equals_peft_on_the_quantized_base(smollm2_nf4, method, tmp_pat
         got = run(base.model)
     bank.close()
     assert relative(untouched, expected) > 1e-3
-    assert relative(got, expected) < (2e-2 if method == "adalora" else 1e-6)
+    # PEFT rounds between AdaLoRA's factors and in DoRA's norms, where the bank does not.
+    assert relative(got, expected) < (2e-2 if method in ("adalora", "dora") else 1e-6)
