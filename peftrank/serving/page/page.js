@@ -83,6 +83,11 @@ function el(tag, attributes = {}, ...children) {
   return made;
 }
 
+/** Writes the line that screen readers announce; the same words again are not said again. */
+function say(text) {
+  if ($("summary").textContent !== text) $("summary").textContent = text;
+}
+
 function show(id, text) {
   $(id).textContent = text;
   $(id).hidden = !text;
@@ -216,10 +221,9 @@ function nameOf(column) {
 // --- ranking ---------------------------------------------------------------------------------
 
 async function rank() {
-  preview();
-  if (!state.slate) return;
-  const { signal } = running;
-  const slate = state.slate;
+  const { slate } = state;
+  if (!slate) return preview(); // says again what is missing
+  const { signal } = anew();
   const columns = chosenColumns();
   busy("Ranking…");
   const started = performance.now();
@@ -241,21 +245,26 @@ async function rank() {
   });
   const refused = columns.find((column) => column.error?.type === "auth");
   if (refused) return askToken(refused.error.message);
-  if (columns.every((column) => column.error)) {
-    show("error", columns.at(-1).error.message);
-    $("summary").textContent = "";
-    return;
-  }
-  state.columns = columns;
+  const failed = columns.every((column) => column.error);
+  Object.assign(state, { columns: failed ? [] : columns, chosen: null });
+  if (failed) show("error", columns.at(-1).error.message);
+  say(failed ? "Not ranked." : summary(performance.now() - started));
   drawRankings();
-  $("summary").textContent = summary(performance.now() - started);
+  drawHistory();
+}
+
+/** Gives up what is under way, and returns what can give up the next. */
+function anew() {
+  running.abort();
+  running = new AbortController();
+  return running;
 }
 
 function busy(text) {
   $("result").setAttribute("aria-busy", text !== null);
   if (text !== null) {
     show("error", "");
-    $("summary").textContent = text;
+    say(text);
   }
 }
 
@@ -264,7 +273,7 @@ async function choose(id) {
   state.chosen = id;
   mark();
   const { signal } = running;
-  const slate = state.slate;
+  const { slate } = state;
   const asked = Array.isArray(slate.history) && !slate.history.length ? [] : explainable();
   drawHistory();
   await Promise.all(
@@ -292,16 +301,15 @@ const explainable = () => state.columns.filter((column) => column.adapter && col
 
 /** Shows the form's slate as it is, unranked: whatever was ranked no longer answers the form. */
 function preview() {
-  running.abort();
-  running = new AbortController();
+  anew();
   Object.assign(state, { columns: [], slate: null, chosen: null });
   $("result").setAttribute("aria-busy", "false");
   show("error", "");
   try {
     state.slate = slateOfForm();
-    $("summary").textContent = "";
+    say("Not ranked yet.");
   } catch (error) {
-    $("summary").textContent = error.message;
+    say(error.message);
   }
   drawRankings();
   drawHistory();
@@ -349,7 +357,7 @@ function unrankedTable(slate) {
   return el(
     "table",
     {},
-    el("caption", {}, el("b", {}, "Candidates"), el("span", {}, " as they were given, not ranked yet")),
+    el("caption", {}, el("b", {}, "Candidates"), el("span", {}, " as they were given")),
     head(["#", "number"], ["Candidate"]),
     el("tbody", {}, ...rows),
   );
@@ -482,7 +490,9 @@ function drawHistory() {
   if (!slate) return;
   const items = historyItems();
   const asked = chosen === null ? [] : explainable();
-  if (items.length || !Array.isArray(slate.history)) $("explained").append(...explained(items, asked));
+  if (asked.length && (items.length || !Array.isArray(slate.history))) {
+    $("explained").append(...explained(items, asked));
+  }
   $("history-hint").textContent = historyHint(items);
   if (!items.length) return;
   const known = asked.filter((column) => column.explanation?.effects);
@@ -550,30 +560,29 @@ function historyHint(items) {
   return `${which}, oldest first.${how}`;
 }
 
-/** Returns the sentence on what mattered most for the chosen candidate, or why there is none. */
+/** Returns lines on what mattered most for the chosen candidate, or why there are none. */
 function explained(items, columns) {
-  if (!columns.length) return [];
-  const [title] = textsOf(state.slate.candidates.find((item) => idOf(item) === state.chosen), $("domain").value);
-  const parts = columns.map((column) => {
+  const { slate, chosen } = state;
+  const [title] = textsOf(slate.candidates.find((item) => idOf(item) === chosen), $("domain").value);
+  const lines = columns.map((column) => {
     const { explanation } = column;
     if (explanation?.error) return [`No explanation by ${nameOf(column)}: ${explanation.error}`];
-    if (!explanation?.effects) return [`Asking ${nameOf(column)} what mattered… `];
-    return mattered(column, items, title);
+    if (!explanation?.effects) return [`Asking ${nameOf(column)} what mattered…`];
+    return mattered(column, items);
   });
-  return parts.map((part) => el("span", { class: "line" }, ...part));
+  return [[el("b", {}, title)], ...lines].map((parts) => el("span", { class: "line" }, ...parts, " "));
 }
 
-function mattered(column, items, title) {
+function mattered(column, items) {
   const effects = items.map((_item, place) => effectOf(column, place, items.length) ?? 0);
-  const best = effects.indexOf(Math.max(...effects));
-  const worst = effects.indexOf(Math.min(...effects));
-  const named = (place) => el("b", {}, textsOf(items[place].item, $("domain").value)[0]);
-  const parts = [`For ${nameOf(column)}, `, el("b", {}, title)];
-  if (effects[best] > 0) parts.push(" is raised most by ", named(best), ` (${signed(effects[best])})`);
-  if (effects[worst] < 0) parts.push(effects[best] > 0 ? " and" : " is", " lowered most by ", named(worst), ` (${signed(effects[worst])})`);
-  if (effects[best] <= 0 && effects[worst] >= 0) parts.push(" does not depend on the history");
-  parts.push(". ");
-  return parts;
+  const most = [Math.max(...effects), Math.min(...effects)];
+  const parts = [];
+  most.forEach((effect, down) => {
+    if (down ? effect >= 0 : effect <= 0) return;
+    const [text] = textsOf(items[effects.indexOf(effect)].item, $("domain").value);
+    parts.push(parts.length ? ", " : "", `${down ? "lowered" : "raised"} most by `, el("b", {}, text), ` (${signed(effect)})`);
+  });
+  return [`With ${nameOf(column)} `, ...(parts.length ? parts : ["the history makes no difference"]), "."];
 }
 
 /** Returns the result in a sentence: where the relevant candidate stands, or what comes first. */
@@ -633,7 +642,7 @@ async function domainChanged() {
   if (!state.samples.has(domain)) {
     $("sample").replaceChildren(el("option", {}, "Loading…"));
     preview();
-    $("summary").textContent = "Loading the sample…";
+    say("Loading the sample…");
     const found = await samplesOf(domain);
     if (!found) return;
     state.samples.set(domain, found);
