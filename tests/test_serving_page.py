@@ -5,10 +5,8 @@ import os
 import re
 import shutil
 import subprocess
-import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -88,9 +86,11 @@ def visit(chromium):
         page.set_default_timeout(5000)
         page.on(
             "console",
-            lambda m: m.type in ("error", "warning")
-            and not failed_to_load(m.text)
-            and problems.append(m.text),
+            lambda m: (
+                m.type in ("error", "warning")
+                and not failed_to_load(m.text)
+                and problems.append(m.text)
+            ),
         )
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
@@ -169,7 +169,9 @@ def test_a_sample_slate_is_ranked_before_and_after_the_adapter(visit, site):
     relevant = [i for i, row in enumerate(after) if "relevant" in row["Candidate"]]
     assert len(relevant) == 1
     said = page.locator("#summary").inner_text()
-    assert re.search(rf"relevant candidate ranks .*, {relevant[0] + 1}(st|nd|rd|th) with the news", said)
+    assert re.search(
+        rf"relevant candidate ranks .*, {relevant[0] + 1}(st|nd|rd|th) with the news", said
+    )
     page.locator(".slopes path.relevant").wait_for()
 
 
@@ -181,7 +183,10 @@ def test_pasted_titles_are_ranked(visit, site):
     rank(page)
     assert {row["Candidate"] for row in rows(page, 1)} == {"castle meadow", "amber river", "zephyr"}
     slate = sent[-1]["slate"]
-    assert [item["fields"] for item in slate["history"]] == [{"title": "amber garden"}, {"title": "river"}]
+    assert [item["fields"] for item in slate["history"]] == [
+        {"title": "amber garden"},
+        {"title": "river"},
+    ]
     assert "First:" in page.locator("#summary").inner_text()
 
 
@@ -197,7 +202,13 @@ def test_labels_of_a_pasted_slate_are_shown_and_not_sent(visit, site):
     page = visit(site)
     page.get_by_label("Domain").select_option("news")
     items = [{"item_id": f"i{n}", "fields": {"title": t}} for n, t in enumerate(("one", "two"))]
-    record = {"slate_id": "mine", "user_id": "u", "history": [], "candidates": items, "labels": [0, 2]}
+    record = {
+        "slate_id": "mine",
+        "user_id": "u",
+        "history": [],
+        "candidates": items,
+        "labels": [0, 2],
+    }
     source(page, "JSON")
     page.get_by_label("Slate as JSON").fill(json.dumps(record))
     sent = bodies(page)
@@ -215,7 +226,9 @@ def test_the_sample_can_be_changed_in_the_text_fields(visit, site):
     page.get_by_role("button", name="Start from the sample").click()
     assert page.get_by_label("Candidates", exact=True).input_value().split("\n") == given
     source(page, "JSON")
-    assert len(json.loads(page.get_by_label("Slate as JSON").input_value())["candidates"]) == len(given)
+    assert len(json.loads(page.get_by_label("Slate as JSON").input_value())["candidates"]) == len(
+        given
+    )
 
 
 def test_two_adapters_stand_side_by_side(visit, site):
@@ -224,10 +237,16 @@ def test_two_adapters_stand_side_by_side(visit, site):
     page.get_by_role("radio", name="another adapter").check()
     page.get_by_label("The other adapter").select_option("video")
     rank(page)
-    assert page.locator("#rankings caption b").all_inner_texts() == ["Adapter news", "Adapter video"]
+    assert page.locator("#rankings caption b").all_inner_texts() == [
+        "Adapter news",
+        "Adapter video",
+    ]
     page.locator("input[name=candidate-1]").first.check()
     page.locator("#history thead .effect").nth(1).wait_for()
-    assert page.locator("#history thead th").all_inner_texts()[2:] == ["Effect, news", "Effect, video"]
+    assert page.locator("#history thead th").all_inner_texts()[2:] == [
+        "Effect, news",
+        "Effect, video",
+    ]
     chosen = page.locator("#rankings tr.chosen")
     assert chosen.count() == 2
     assert len({row.get_attribute("data-id") for row in chosen.all()}) == 1
@@ -248,7 +267,10 @@ def test_the_effects_of_the_history_are_the_servers(visit, site):
         widest = max(abs(e) for each in explanation["effects"].values() for e in each)
         assert widths[0] == pytest.approx(widths[1] / 2 * abs(effect) / widest, abs=2.5)
     items = page.locator("#history tbody .title").all_inner_texts()
-    assert f"raised most by {items[effects.index(max(effects))]}" in page.locator("#explained").inner_text()
+    assert (
+        f"raised most by {items[effects.index(max(effects))]}"
+        in page.locator("#explained").inner_text()
+    )
 
 
 def test_effects_are_asked_for_once_per_ranking(visit, site):
@@ -263,7 +285,11 @@ def test_effects_are_asked_for_once_per_ranking(visit, site):
 
 @pytest.mark.parametrize("title", ["<img src=x onerror=alert(1)>", "<script>alert(1)</script>"])
 def test_markup_in_titles_and_messages_stays_text(visit, site, title):
-    page = visit(site, routes={"**/v1/samples/**": answer(500, refusal("internal", title))}, ready="#sample-hint:not([hidden])")
+    page = visit(
+        site,
+        routes={"**/v1/samples/**": answer(500, refusal("internal", title))},
+        ready="#sample-hint:not([hidden])",
+    )
     page.on("dialog", lambda dialog: pytest.fail("a title ran as a script"))
     page.locator("#sample-hint").get_by_text(title).wait_for()
     item = {"item_id": title, "fields": {"title": title, title: title}}
@@ -287,6 +313,37 @@ def test_the_servers_message_is_shown_when_a_slate_is_refused(visit, site):
     page.get_by_role("button", name="Rank").click()
     assert "not JSON" in page.locator("#summary").inner_text()
     assert page.get_by_role("alert").count() == 0
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"candidates": [None, 3, "a", {}, {"item_id": "b", "fields": "text"}], "labels": "none"},
+        {"candidates": [{"item_id": "a", "fields": {"title": ["x"]}}], "history": "h"},
+        {"candidates": [[]], "history": [None], "history_feedback": 3, "unknown": 1},
+    ],
+)
+def test_any_json_with_candidates_is_left_to_the_server_to_judge(visit, site, record):
+    page = visit(site)
+    source(page, "JSON")
+    page.get_by_label("Slate as JSON").fill(json.dumps(record))
+    page.get_by_role("button", name="Rank").click()
+    assert len(page.get_by_role("alert").inner_text()) > 20
+
+
+def test_an_explanation_of_a_newer_adapter_is_not_taken_for_the_rankings(visit, site):
+    page = visit(site)
+    rank(page)
+
+    def handle(route):
+        value = route.fetch().json()
+        value["rankings"][0]["version"] = "9999"
+        route.fulfill(json=value)
+
+    page.route("**/v1/rank", handle)
+    page.locator("input[name=candidate-1]").first.check()
+    page.get_by_text("version 9999 has replaced").wait_for()
+    assert page.locator("td.effect").count() == 0
 
 
 def test_a_base_that_cannot_rank_untrained_leaves_the_adapters_ranking(visit, site):
@@ -343,7 +400,11 @@ def test_a_server_without_adapters_says_how_to_get_one(visit, site):
 
 
 def test_a_domain_without_a_sample_leaves_the_text_fields(visit, site):
-    page = visit(site, routes={"**/v1/samples/**": answer(404, refusal("data", "none"))}, ready="#sample-hint:not([hidden])")
+    page = visit(
+        site,
+        routes={"**/v1/samples/**": answer(404, refusal("data", "none"))},
+        ready="#sample-hint:not([hidden])",
+    )
     assert "no sample" in page.locator("#sample-hint").inner_text()
     paste(page, ["amber"], ["castle", "zephyr"])
     rank(page)
@@ -368,7 +429,16 @@ def test_every_stop_of_the_tab_key_is_seen_and_the_keyboard_alone_ranks_and_expl
         assert all(stop["seen"] for stop in stops), stops
         return [stop["name"] for stop in stops]
 
-    forward = ["Skip to the result", "API", "Metrics", "domain", "source", "sample", "against", "rank"]
+    forward = [
+        "Skip to the result",
+        "API",
+        "Metrics",
+        "domain",
+        "source",
+        "sample",
+        "against",
+        "rank",
+    ]
     assert walk("Tab", 8) == forward
     page.keyboard.press("Enter")
     page.locator("input[name=candidate-1]").first.wait_for()
@@ -465,7 +535,9 @@ def test_nothing_moves_for_those_who_asked_for_less_motion(visit, site):
     assert page.evaluate(moving) == 0
 
 
-@pytest.mark.skipif(not (shutil.which("curl") and shutil.which("bash")), reason="needs curl and bash")
+@pytest.mark.skipif(
+    not (shutil.which("curl") and shutil.which("bash")), reason="needs curl and bash"
+)
 def test_the_curl_command_asks_what_the_page_asked(visit, site):
     page = visit(site)
     paste(page, ["it's amber"], ["castle \"'$(touch x)'`ls`", "zephyr \\ river"])
@@ -484,4 +556,6 @@ def test_the_page_has_no_inline_code_and_names_no_other_host():
         text = file.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
         assert not re.search(r"https?://|@import|url\(", text), file.name
     script = (PAGE / "page.js").read_text(encoding="utf-8")
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|localStorage", script)
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|localStorage", script
+    )

@@ -77,7 +77,8 @@ function el(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (value === true) made.setAttribute(name, "");
-    else if (value !== false && value !== null && value !== undefined) made.setAttribute(name, value);
+    else if (value !== false && value !== null && value !== undefined)
+      made.setAttribute(name, value);
   }
   made.append(...children.filter((child) => child !== null));
   return made;
@@ -106,7 +107,7 @@ const shownScore = (value) => minus(value.toFixed(3));
 const signed = (value) => (value >= 0 ? "+" : "") + minus(value.toFixed(3));
 const ordinal = (n) => {
   const tens = n % 100;
-  const ending = tens > 10 && tens < 14 ? "th" : ["th", "st", "nd", "rd"][n % 10] ?? "th";
+  const ending = tens > 10 && tens < 14 ? "th" : (["th", "st", "nd", "rd"][n % 10] ?? "th");
   return `${n}${ending}`;
 };
 
@@ -133,21 +134,21 @@ function fieldOf(domain) {
 
 /** Returns [the text the model reads, the other texts] of an item of a domain. */
 function textsOf(item, domain) {
-  if (typeof item === "string") return [item, ""];
-  const fields = item.fields ?? {};
+  const fields = Object(item?.fields); // a pasted item may be anything; the server says what is wrong
   const read = [fieldOf(domain), "title", ...Object.keys(fields)].find((name) => fields[name]);
   const others = Object.keys(fields).filter((name) => name !== read && fields[name]);
-  return [fields[read] ?? item.item_id, others.map((name) => fields[name]).join(" · ")];
+  return [String(fields[read] ?? idOf(item)), others.map((name) => fields[name]).join(" · ")];
 }
 
 /** Returns the item with the field that another domain's prompt reads, copied if it lacks it. */
 function readableBy(item, domain, own) {
   const field = fieldOf(domain);
-  if (typeof item === "string" || item.fields?.[field]) return item;
+  if (domain === own || !item?.fields || item.fields[field]) return item;
   return { ...item, fields: { ...item.fields, [field]: textsOf(item, own)[0] } };
 }
 
-const idOf = (item) => (typeof item === "string" ? item : item.item_id);
+const idOf = (item) => item?.item_id ?? item;
+const labelsOf = (slate) => (Array.isArray(slate.labels) ? slate.labels : []);
 
 function tagOf(label) {
   if (!(label > 0)) return null;
@@ -158,7 +159,10 @@ function tagOf(label) {
 
 const picked = (name) => document.querySelector(`input[name="${name}"]:checked`).value;
 const linesOf = (id) =>
-  $(id).value.split("\n").map((line) => line.trim()).filter((line) => line !== "");
+  $(id)
+    .value.split("\n")
+    .map((line) => line.trim())
+    .filter((line) => line !== "");
 
 /** Returns the slate the form describes; throws an Error that says what is missing. */
 function slateOfForm() {
@@ -284,9 +288,7 @@ async function choose(id) {
         drawHistory();
         try {
           const answer = await call("v1/rank", bodyOf(slate, column, true), signal);
-          column.explanation = answer.rankings[0].explanation ?? {
-            error: "The server sent no explanation.",
-          };
+          column.explanation = explanationFor(column, answer.rankings[0]);
         } catch (error) {
           if (signal.aborted) return;
           if (error.type === "auth") askToken(error.message);
@@ -295,6 +297,15 @@ async function choose(id) {
         if (!signal.aborted) drawHistory();
       }),
   );
+}
+
+/** Returns the explanation, unless it is of another version than the ranking it would explain. */
+function explanationFor(column, ranking) {
+  if (ranking.version !== column.version) {
+    const changed = `version ${ranking.version} has replaced ${column.version} since.`;
+    return { error: `${changed} Rank again.` };
+  }
+  return ranking.explanation ?? { error: "the server sent none." };
 }
 
 const explainable = () => state.columns.filter((column) => column.adapter && column.order);
@@ -337,8 +348,12 @@ function drawRankings() {
   }
   $("rankings").append(pair);
   const notes = [];
-  if (columns.length) notes.push("A bar runs from the list's lowest score to its highest; scores of two rankings are not on one scale.");
-  if (slate.labels?.some((label) => label > 0)) notes.push("✓ marks what the person went on to choose; it is not sent to the server.");
+  if (columns.length)
+    notes.push(
+      "A bar runs from the list's lowest score to its highest; scores of two rankings are not on one scale.",
+    );
+  if (labelsOf(slate).some((label) => label > 0))
+    notes.push("✓ marks what the person went on to choose; it is not sent to the server.");
   show("legend", notes.join(" "));
   mark();
   new ResizeObserver(drawSlopes).observe(pair);
@@ -346,7 +361,7 @@ function drawRankings() {
 
 function unrankedTable(slate) {
   const rows = slate.candidates.map((item, place) => {
-    const tag = tagOf(slate.labels?.[place]);
+    const tag = tagOf(labelsOf(slate)[place]);
     return el(
       "tr",
       { class: tag ? "relevant" : null },
@@ -365,14 +380,20 @@ function unrankedTable(slate) {
 
 function rankedTable(column, place) {
   const { slate } = state;
-  const items = new Map(slate.candidates.map((item, i) => [idOf(item), { item, label: slate.labels?.[i] }]));
+  const items = new Map(
+    slate.candidates.map((item, i) => [idOf(item), { item, label: labelsOf(slate)[i] }]),
+  );
   const earlier = place === 1 ? state.columns[0].order : undefined;
   const low = Math.min(...column.scores);
   const range = Math.max(...column.scores) - low || 1;
   const rows = column.order.map((id, i) => {
     const { item, label } = items.get(id);
     const tag = tagOf(label);
-    const bar = el("div", { class: "bar", "aria-hidden": "true" }, filled("", (column.scores[i] - low) / range));
+    const bar = el(
+      "div",
+      { class: "bar", "aria-hidden": "true" },
+      filled("", (column.scores[i] - low) / range),
+    );
     return el(
       "tr",
       { class: tag ? "relevant" : null, "data-id": id },
@@ -403,9 +424,20 @@ function captionOf(column, place) {
   const versus = state.columns.every((each) => each.adapter);
   const name = versus ? `Adapter ${column.domain}` : place ? "After" : "Before";
   const facts = column.adapter
-    ? [versus ? null : `${column.domain} adapter`, adapter?.method, column.version && `version ${column.version}`]
+    ? [
+        versus ? null : `${column.domain} adapter`,
+        adapter?.method,
+        column.version && `version ${column.version}`,
+      ]
     : ["untrained base"];
-  return el("caption", {}, el("b", {}, name), el("span", {}, ` ${facts.filter(Boolean).join(", ")}`));
+  const [own, other] = [fieldOf($("domain").value), fieldOf(column.domain)];
+  if (own !== other) facts.push(`given the ${own} as ${other}`);
+  return el(
+    "caption",
+    {},
+    el("b", {}, name),
+    el("span", {}, ` ${facts.filter(Boolean).join(", ")}`),
+  );
 }
 
 /** Returns the radio button that chooses a candidate; a table's buttons are one tab stop. */
@@ -429,12 +461,22 @@ function move(from, to) {
   if (from < 0) return el("td", { class: "number same" }, "new");
   const by = from - to;
   if (by === 0) return said("td", "number same", "–", "same");
-  return said("td", `number ${by > 0 ? "up" : "down"}`, `${by > 0 ? "▲" : "▼"} ${Math.abs(by)}`, `${by > 0 ? "up" : "down"} ${Math.abs(by)}`);
+  return said(
+    "td",
+    `number ${by > 0 ? "up" : "down"}`,
+    `${by > 0 ? "▲" : "▼"} ${Math.abs(by)}`,
+    `${by > 0 ? "up" : "down"} ${Math.abs(by)}`,
+  );
 }
 
 /** Returns an element that is seen as one text and read aloud as another. */
 function said(tag, kind, seen, heard) {
-  return el(tag, { class: kind }, el("span", { "aria-hidden": "true" }, seen), el("span", { class: "vh" }, heard));
+  return el(
+    tag,
+    { class: kind },
+    el("span", { "aria-hidden": "true" }, seen),
+    el("span", { class: "vh" }, heard),
+  );
 }
 
 function refusal(column) {
@@ -500,7 +542,8 @@ function drawHistory() {
   const widest = Math.max(1e-9, ...effects.map(Math.abs));
   const rows = items.map(({ item, feedback }, place) => {
     const parts = titleParts(item, null);
-    if (feedback !== undefined) parts.push(" ", el("span", { class: "more" }, `feedback ${feedback}`));
+    if (feedback !== undefined)
+      parts.push(" ", el("span", { class: "more" }, `feedback ${feedback}`));
     return el(
       "tr",
       {},
@@ -545,7 +588,12 @@ function effectCell(effect, widest) {
   return el(
     "td",
     { class: "effect" },
-    el("div", {}, el("div", { class: "signed", "aria-hidden": "true" }, bar), said("span", "value", signed(effect), heard)),
+    el(
+      "div",
+      {},
+      el("div", { class: "signed", "aria-hidden": "true" }, bar),
+      said("span", "value", signed(effect), heard),
+    ),
   );
 }
 
@@ -556,21 +604,27 @@ function historyHint(items) {
   const which = stored ? "Stored on the server" : plural(items.length, "item");
   let how = "";
   if (columns.length && chosen === null) how = " Choose a candidate to see which mattered for it.";
-  else if (columns.length) how = " Effect: how much an item raises the candidate's score against the list's mean.";
+  else if (columns.length)
+    how = " Effect: how much an item raises the candidate's score against the list's mean.";
   return `${which}, oldest first.${how}`;
 }
 
 /** Returns lines on what mattered most for the chosen candidate, or why there are none. */
 function explained(items, columns) {
   const { slate, chosen } = state;
-  const [title] = textsOf(slate.candidates.find((item) => idOf(item) === chosen), $("domain").value);
+  const [title] = textsOf(
+    slate.candidates.find((item) => idOf(item) === chosen),
+    $("domain").value,
+  );
   const lines = columns.map((column) => {
     const { explanation } = column;
     if (explanation?.error) return [`No explanation by ${nameOf(column)}: ${explanation.error}`];
     if (!explanation?.effects) return [`Asking ${nameOf(column)} what mattered…`];
     return mattered(column, items);
   });
-  return [[el("b", {}, title)], ...lines].map((parts) => el("span", { class: "line" }, ...parts, " "));
+  return [[el("b", {}, title)], ...lines].map((parts) =>
+    el("span", { class: "line" }, ...parts, " "),
+  );
 }
 
 function mattered(column, items) {
@@ -580,9 +634,18 @@ function mattered(column, items) {
   most.forEach((effect, down) => {
     if (down ? effect >= 0 : effect <= 0) return;
     const [text] = textsOf(items[effects.indexOf(effect)].item, $("domain").value);
-    parts.push(parts.length ? ", " : "", `${down ? "lowered" : "raised"} most by `, el("b", {}, text), ` (${signed(effect)})`);
+    parts.push(
+      parts.length ? ", " : "",
+      `${down ? "lowered" : "raised"} most by `,
+      el("b", {}, text),
+      ` (${signed(effect)})`,
+    );
   });
-  return [`With ${nameOf(column)} `, ...(parts.length ? parts : ["the history makes no difference"]), "."];
+  return [
+    `With ${nameOf(column)} `,
+    ...(parts.length ? parts : ["the history makes no difference"]),
+    ".",
+  ];
 }
 
 /** Returns the result in a sentence: where the relevant candidate stands, or what comes first. */
@@ -590,7 +653,7 @@ function summary(elapsed) {
   const { slate } = state;
   const took = elapsed < 1000 ? `${Math.round(elapsed)} ms` : `${(elapsed / 1000).toFixed(1)} s`;
   const ranked = state.columns.filter((column) => column.order);
-  const relevant = slate.candidates.filter((_item, i) => slate.labels?.[i] > 0).map(idOf);
+  const relevant = slate.candidates.filter((_item, i) => labelsOf(slate)[i] > 0).map(idOf);
   const said = ranked.map((column) => {
     if (relevant.length) {
       const best = Math.min(...relevant.map((id) => column.order.indexOf(id)));
@@ -599,7 +662,8 @@ function summary(elapsed) {
     const first = slate.candidates.find((item) => idOf(item) === column.order[0]);
     return `“${textsOf(first, $("domain").value)[0]}” with ${nameOf(column)}`;
   });
-  const which = relevant.length > 1 ? "The best-placed relevant candidate" : "The relevant candidate";
+  const which =
+    relevant.length > 1 ? "The best-placed relevant candidate" : "The relevant candidate";
   return `${relevant.length ? `${which} ranks` : "First:"} ${said.join(", ")}. (${took})`;
 }
 
@@ -609,7 +673,10 @@ function drawCommand() {
   show("copied", "");
   if (!slate) return;
   const body = JSON.stringify(bodyOf(slate, { domain: $("domain").value, adapter: true }));
-  const lines = [`curl ${new URL("v1/rank", document.baseURI)}`, "-H 'Content-Type: application/json'"];
+  const lines = [
+    `curl ${new URL("v1/rank", document.baseURI)}`,
+    "-H 'Content-Type: application/json'",
+  ];
   if (token()) lines.push('-H "Authorization: Bearer $PEFTRANK_TOKEN"');
   lines.push(`--data '${body.replaceAll("'", "'\\''")}'`);
   $("command").textContent = lines.join(" \\\n  ");
@@ -632,7 +699,12 @@ async function domainChanged() {
   const domain = $("domain").value;
   const adapter = adapterOf(domain);
   const size = adapter.nbytes === undefined ? null : `${(adapter.nbytes / 2 ** 20).toFixed(1)} MiB`;
-  const facts = [adapter.method, adapter.version && `version ${adapter.version}`, size, adapter.tier && `on ${adapter.tier}`];
+  const facts = [
+    adapter.method,
+    adapter.version && `version ${adapter.version}`,
+    size,
+    adapter.tier && `on ${adapter.tier}`,
+  ];
   $("domain-facts").textContent = facts.filter(Boolean).join(" · ");
   const others = state.adapters.map((each) => each.domain).filter((each) => each !== domain);
   $("other").replaceChildren(...others.map((each) => el("option", {}, each)));
@@ -650,11 +722,18 @@ async function domainChanged() {
   }
   const { slates, error } = state.samples.get(domain);
   $("sample").replaceChildren(
-    ...slates.map((slate) => el("option", {}, `${slate.slate_id}, ${slate.history?.length ?? 0} read, ${slate.candidates.length} candidates`)),
+    ...slates.map((slate) =>
+      el(
+        "option",
+        {},
+        `${slate.slate_id}, ${slate.history?.length ?? 0} read, ${slate.candidates.length} candidates`,
+      ),
+    ),
   );
   $("sample").disabled = !slates.length;
   show("sample-hint", error);
-  $("titles-hint").textContent = `One per line. Each becomes an item with the field “${fieldOf(domain)}”.`;
+  $("titles-hint").textContent =
+    `One per line. Each becomes an item with the field “${fieldOf(domain)}”.`;
   formChanged();
 }
 
@@ -664,8 +743,9 @@ async function samplesOf(domain) {
     const { slates } = await call(`v1/samples/${encodeURIComponent(domain)}?n=${SAMPLES}`);
     return { slates };
   } catch (error) {
-    if (error.type === "auth") return askToken(error.message), null;
-    const message = error.status === 404 ? "This domain has no sample; paste titles or JSON." : error.message;
+    if (error.type === "auth") return (askToken(error.message), null);
+    const message =
+      error.status === 404 ? "This domain has no sample; paste titles or JSON." : error.message;
     return { slates: [], error: message };
   }
 }
@@ -710,7 +790,8 @@ async function ready() {
       await call("readyz");
       return show("notice", "");
     } catch (error) {
-      const text = error.status === 503 ? "The server is loading its base and adapters." : error.message;
+      const text =
+        error.status === 503 ? "The server is loading its base and adapters." : error.message;
       show("notice", `${text} This page goes on by itself as soon as it is ready.`);
     }
     await pause(WAIT_MS);
@@ -732,7 +813,10 @@ async function start() {
   $("token-form").hidden = true;
   state.adapters = listed.adapters.filter((adapter) => adapter.version);
   if (!state.adapters.length) {
-    return show("notice", "No adapter is loaded. Train one with “peftrank train --domain news”, or start the server with “peftrank serve --store adapters”.");
+    return show(
+      "notice",
+      "No adapter is loaded. Train one with “peftrank train --domain news”, or start the server with “peftrank serve --store adapters”.",
+    );
   }
   $("work").hidden = false;
   $("domain").replaceChildren(...state.adapters.map((adapter) => el("option", {}, adapter.domain)));
