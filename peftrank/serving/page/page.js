@@ -6,11 +6,11 @@
 const $ = (id) => document.getElementById(id);
 const TOKEN = "peftrank-token";
 const SAMPLES = 10;
-const WAIT_MS = 2000;
+const WAIT_MS = 1000;
 
 const state = {
   adapters: [], // as GET v1/adapters lists them
-  samples: new Map(), // domain -> {slates} or {error}
+  samples: new Map(), // domain -> slates
   columns: [], // what was ranked, left to right: see `chosenColumns`
   slate: null, // the slate those columns rank, or the one to be ranked
   chosen: null, // item id of the candidate that is explained
@@ -121,7 +121,7 @@ function fieldOf(domain) {
   if (told) return told;
   // A server that does not tell: `title`, or else the field with the most text in the sample.
   const lengths = new Map();
-  for (const slate of state.samples.get(domain)?.slates ?? []) {
+  for (const slate of state.samples.get(domain) ?? []) {
     for (const item of slate.candidates) {
       for (const [name, text] of Object.entries(item.fields ?? {})) {
         lengths.set(name, (lengths.get(name) ?? 0) + text.length);
@@ -134,7 +134,8 @@ function fieldOf(domain) {
 
 /** Returns [the text the model reads, the other texts] of an item of a domain. */
 function textsOf(item, domain) {
-  const fields = Object(item?.fields); // a pasted item may be anything; the server says what is wrong
+  // A pasted item may be anything: what is wrong with it, the server will say.
+  const fields = Object(item?.fields);
   const read = [fieldOf(domain), "title", ...Object.keys(fields)].find((name) => fields[name]);
   const others = Object.keys(fields).filter((name) => name !== read && fields[name]);
   return [String(fields[read] ?? idOf(item)), others.map((name) => fields[name]).join(" · ")];
@@ -148,6 +149,11 @@ function readableBy(item, domain, own) {
 }
 
 const idOf = (item) => item?.item_id ?? item;
+/** Returns the slate's history; null where the server is to take the one it stores. */
+function historyOf({ history }) {
+  if (Array.isArray(history)) return history;
+  return history === undefined || history === null ? null : [];
+}
 const labelsOf = (slate) => (Array.isArray(slate.labels) ? slate.labels : []);
 
 function tagOf(label) {
@@ -169,7 +175,7 @@ function slateOfForm() {
   const domain = $("domain").value;
   const source = picked("source");
   if (source === "sample") {
-    const found = state.samples.get(domain)?.slates?.[$("sample").selectedIndex];
+    const found = state.samples.get(domain)?.[$("sample").selectedIndex];
     if (!found) throw new Error("There is no sample slate to rank; paste titles or JSON instead.");
     return found;
   }
@@ -278,7 +284,7 @@ async function choose(id) {
   mark();
   const { signal } = running;
   const { slate } = state;
-  const asked = Array.isArray(slate.history) && !slate.history.length ? [] : explainable();
+  const asked = historyOf(slate)?.length === 0 ? [] : explainable();
   drawHistory();
   await Promise.all(
     asked
@@ -347,16 +353,12 @@ function drawRankings() {
     pair.append(drawn[0], slopes, drawn[1]);
   }
   $("rankings").append(pair);
-  const notes = [];
-  if (columns.length)
-    notes.push(
-      "A bar runs from the list's lowest score to its highest; scores of two rankings are not on one scale.",
-    );
-  if (labelsOf(slate).some((label) => label > 0))
-    notes.push("✓ marks what the person went on to choose; it is not sent to the server.");
-  show("legend", notes.join(" "));
+  const bars =
+    "A bar runs from the list's lowest score to its highest; each ranking has its scale.";
+  const ticks = "✓ marks what the person went on to choose; it is not sent to the server.";
+  const notes = [columns.length && bars, labelsOf(slate).some((label) => label > 0) && ticks];
+  show("legend", notes.filter(Boolean).join(" "));
   mark();
-  new ResizeObserver(drawSlopes).observe(pair);
 }
 
 function unrankedTable(slate) {
@@ -458,7 +460,6 @@ function titleParts(item, tag, more = true) {
 
 /** Returns a cell that says how far a candidate moved; places are 0-based. */
 function move(from, to) {
-  if (from < 0) return el("td", { class: "number same" }, "new");
   const by = from - to;
   if (by === 0) return said("td", "number same", "–", "same");
   return said(
@@ -532,7 +533,7 @@ function drawHistory() {
   if (!slate) return;
   const items = historyItems();
   const asked = chosen === null ? [] : explainable();
-  if (asked.length && (items.length || !Array.isArray(slate.history))) {
+  if (asked.length && historyOf(slate)?.length !== 0) {
     $("explained").append(...explained(items, asked));
   }
   $("history-hint").textContent = historyHint(items);
@@ -549,7 +550,7 @@ function drawHistory() {
       {},
       el("td", { class: "number rank" }, String(place + 1)),
       el("th", { scope: "row" }, ...parts),
-      ...known.map((column) => effectCell(effectOf(column, place, items.length), widest)),
+      ...known.map((column) => effectCell(effectOf(column, items, place), widest)),
     );
   });
   const name = (column) => (known.length > 1 ? `Effect, ${column.domain}` : "Effect");
@@ -567,17 +568,18 @@ function drawHistory() {
 /** Returns the history as {item, feedback}; of a stored history only the explanation knows it. */
 function historyItems() {
   const { slate, columns } = state;
-  if (Array.isArray(slate.history)) {
-    return slate.history.map((item, i) => ({ item, feedback: slate.history_feedback?.[i] }));
-  }
+  const given = historyOf(slate);
+  if (given) return given.map((item, i) => ({ item, feedback: slate.history_feedback?.[i] }));
   const told = columns.find((column) => column.explanation?.history)?.explanation.history ?? [];
   return told.map((id) => ({ item: id }));
 }
 
-/** Returns an item's effect on the chosen candidate, or null if it was too old to be read. */
-function effectOf(column, place, count) {
-  const effects = column.explanation.effects[state.chosen] ?? [];
-  return effects[place - (count - effects.length)] ?? null;
+/** Returns an item's effect on the chosen candidate, or null if the adapter did not read it. */
+function effectOf(column, items, place) {
+  const { history, effects } = column.explanation;
+  const read = place - (items.length - history.length); // what is too old to be read is left out
+  if (history[read] !== idOf(items[place].item)) return null;
+  return effects[state.chosen]?.[read] ?? null;
 }
 
 function effectCell(effect, widest) {
@@ -599,7 +601,7 @@ function effectCell(effect, widest) {
 
 function historyHint(items) {
   const { slate, columns, chosen } = state;
-  const stored = !Array.isArray(slate.history);
+  const stored = historyOf(slate) === null;
   if (!items.length && !stored) return "This slate has no history.";
   const which = stored ? "Stored on the server" : plural(items.length, "item");
   let how = "";
@@ -628,7 +630,7 @@ function explained(items, columns) {
 }
 
 function mattered(column, items) {
-  const effects = items.map((_item, place) => effectOf(column, place, items.length) ?? 0);
+  const effects = items.map((_item, place) => effectOf(column, items, place) ?? 0);
   const most = [Math.max(...effects), Math.min(...effects)];
   const parts = [];
   most.forEach((effect, down) => {
@@ -654,7 +656,7 @@ function summary(elapsed) {
   const took = elapsed < 1000 ? `${Math.round(elapsed)} ms` : `${(elapsed / 1000).toFixed(1)} s`;
   const ranked = state.columns.filter((column) => column.order);
   const relevant = slate.candidates.filter((_item, i) => labelsOf(slate)[i] > 0).map(idOf);
-  const said = ranked.map((column) => {
+  const places = ranked.map((column) => {
     if (relevant.length) {
       const best = Math.min(...relevant.map((id) => column.order.indexOf(id)));
       return `${ordinal(best + 1)} with ${nameOf(column)}`;
@@ -664,13 +666,13 @@ function summary(elapsed) {
   });
   const which =
     relevant.length > 1 ? "The best-placed relevant candidate" : "The relevant candidate";
-  return `${relevant.length ? `${which} ranks` : "First:"} ${said.join(", ")}. (${took})`;
+  return `${relevant.length ? `${which} ranks` : "First:"} ${places.join(", ")}. (${took})`;
 }
 
 function drawCommand() {
   const { slate } = state;
   $("curl").hidden = !slate;
-  show("copied", "");
+  $("copied").textContent = "";
   if (!slate) return;
   const body = JSON.stringify(bodyOf(slate, { domain: $("domain").value, adapter: true }));
   const lines = [
@@ -685,11 +687,11 @@ function drawCommand() {
 async function copyCommand() {
   try {
     await navigator.clipboard.writeText($("command").textContent);
-    show("copied", "Copied.");
+    $("copied").textContent = "Copied.";
   } catch {
     // Browsers keep the clipboard from pages that are neither local nor https.
     getSelection().selectAllChildren($("command"));
-    show("copied", "Selected: press Ctrl+C or ⌘C.");
+    $("copied").textContent = "Selected: press Ctrl+C or ⌘C.";
   }
 }
 
@@ -707,46 +709,46 @@ async function domainChanged() {
   ];
   $("domain-facts").textContent = facts.filter(Boolean).join(" · ");
   const others = state.adapters.map((each) => each.domain).filter((each) => each !== domain);
-  $("other").replaceChildren(...others.map((each) => el("option", {}, each)));
+  const kept = $("other").value;
+  $("other").replaceChildren(
+    ...others.map((each) => el("option", { selected: each === kept }, each)),
+  );
   const choice = document.querySelector('input[name="against"][value="adapter"]');
   choice.disabled = !others.length;
   if (!others.length) document.querySelector('input[name="against"][value="base"]').checked = true;
+  let problem = "";
   if (!state.samples.has(domain)) {
     $("sample").replaceChildren(el("option", {}, "Loading…"));
     preview();
     say("Loading the sample…");
-    const found = await samplesOf(domain);
-    if (!found) return;
-    state.samples.set(domain, found);
-    if ($("domain").value !== domain) return;
+    problem = await loadSamples(domain);
+    if ($("domain").value !== domain || !$("token-form").hidden) return;
   }
-  const { slates, error } = state.samples.get(domain);
-  $("sample").replaceChildren(
-    ...slates.map((slate) =>
-      el(
-        "option",
-        {},
-        `${slate.slate_id}, ${slate.history?.length ?? 0} read, ${slate.candidates.length} candidates`,
-      ),
-    ),
-  );
+  show("sample-hint", problem);
+  const slates = state.samples.get(domain) ?? [];
+  $("sample").replaceChildren(...slates.map((slate) => el("option", {}, sizeOf(slate))));
   $("sample").disabled = !slates.length;
-  show("sample-hint", error);
   $("titles-hint").textContent =
     `One per line. Each becomes an item with the field “${fieldOf(domain)}”.`;
   formChanged();
 }
 
-/** Returns the domain's sample slates; null if a token is needed first. */
-async function samplesOf(domain) {
+function sizeOf(slate) {
+  const read = historyOf(slate)?.length ?? 0;
+  return `${slate.slate_id}, ${read} read, ${plural(slate.candidates.length, "candidate")}`;
+}
+
+/** Fetches the domain's sample slates; returns what to say if there are none. */
+async function loadSamples(domain) {
   try {
     const { slates } = await call(`v1/samples/${encodeURIComponent(domain)}?n=${SAMPLES}`);
-    return { slates };
+    state.samples.set(domain, slates);
+    return "";
   } catch (error) {
-    if (error.type === "auth") return (askToken(error.message), null);
-    const message =
-      error.status === 404 ? "This domain has no sample; paste titles or JSON." : error.message;
-    return { slates: [], error: message };
+    if (error.type === "auth") askToken(error.message);
+    return error.status === 404
+      ? "This domain has no sample; paste titles or JSON."
+      : error.message;
   }
 }
 
@@ -755,7 +757,7 @@ function formChanged() {
   for (const part of document.querySelectorAll("[data-source]")) {
     part.hidden = part.dataset.source !== source;
   }
-  $("fill").hidden = source === "sample" || !state.samples.get($("domain").value)?.slates.length;
+  $("fill").hidden = source === "sample" || !state.samples.get($("domain").value)?.length;
   $("other").hidden = picked("against") !== "adapter";
   preview();
 }
@@ -763,9 +765,9 @@ function formChanged() {
 /** Puts the chosen sample slate into the text fields, to be changed there. */
 function fillFromSample() {
   const domain = $("domain").value;
-  const slate = state.samples.get(domain).slates[$("sample").selectedIndex];
+  const slate = state.samples.get(domain)[$("sample").selectedIndex];
   const lines = (items) => items.map((item) => textsOf(item, domain)[0]).join("\n");
-  $("history-text").value = lines(slate.history ?? []);
+  $("history-text").value = lines(historyOf(slate) ?? []);
   $("candidates-text").value = lines(slate.candidates);
   $("json-text").value = JSON.stringify(slate, null, 2);
   preview();
@@ -813,16 +815,15 @@ async function start() {
   $("token-form").hidden = true;
   state.adapters = listed.adapters.filter((adapter) => adapter.version);
   if (!state.adapters.length) {
-    return show(
-      "notice",
-      "No adapter is loaded. Train one with “peftrank train --domain news”, or start the server with “peftrank serve --store adapters”.",
-    );
+    const how = "Train one with “peftrank train --domain news” and start the server on its store.";
+    return show("notice", `No adapter is loaded. ${how}`);
   }
   $("work").hidden = false;
   $("domain").replaceChildren(...state.adapters.map((adapter) => el("option", {}, adapter.domain)));
   await domainChanged();
 }
 
+new ResizeObserver(drawSlopes).observe($("rankings"));
 $("domain").addEventListener("change", domainChanged);
 $("request").addEventListener("change", (event) => {
   // A text field says `change` only when it is left; it has been heard by then.
@@ -843,7 +844,7 @@ $("fill").addEventListener("click", fillFromSample);
 $("copy").addEventListener("click", copyCommand);
 $("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  keepToken($("token").value);
+  keepToken($("token").value.trim());
   start();
 });
 $("forget").addEventListener("click", () => {
