@@ -139,7 +139,7 @@ def mixed(
         ]
         return lambda: ranker.score_prepared(prepared)
 
-    cases = {"mixed": over(turns), "base": _plain(ranker, slates)}
+    cases = {"mixed": over(turns)}
     cases |= {f"only {m}": over([f"{m}0"] * len(slates)) for m in METHODS}
     together, alike = cases["mixed"](), cases["only lora"]()
     alone = [ranker.score([s], domain=d)[0] for s, d in zip(slates, turns, strict=True)]
@@ -158,7 +158,6 @@ def mixed(
         "tokens": tokens,
         "seconds": {name: statistics.median(times) for name, times in seconds.items()},
         "mixed_over_one": ratio(seconds["mixed"], one),
-        "mixed_over_base": ratio(seconds["mixed"], seconds["base"]),
         "worst_difference": _worst(together, alone),
         "same_adapter_difference": _worst(alike, one_alone),
         "spread_of_scores": spread,
@@ -168,16 +167,6 @@ def mixed(
 def _worst(scores: list[Any], others: list[Any]) -> float:
     pairs = zip(scores, others, strict=True)
     return max(abs(x - y) for a, b in pairs for x, y in zip(a, b, strict=True))
-
-
-def _plain(ranker: Ranker, slates: list[Slate]) -> Callable[[], Any]:
-    """Returns a pass of the base without any adapter over the same tokens."""
-    prompt = prompt_arguments(load_config(domain="news"))
-    if ranker.base.lm_head is None:
-        return lambda: None
-    ranker.load_readout("plain", prompt=prompt, readout="likelihood")
-    prepared = ranker.prepare(slates, domain="plain")
-    return lambda: ranker.score_prepared(prepared)
 
 
 def memory(base: Base, folder: Path, names: list[str], count: int) -> dict[str, Any]:
@@ -337,12 +326,11 @@ def markdown(result: dict[str, Any]) -> str:
         "| batch | time, as a ratio [range] |",
         "|---|--:|",
         f"| mixed / the same slates with one adapter | {shown(mixed['mixed_over_one'])} |",
-        f"| mixed / base without adapters | {shown(mixed['mixed_over_base'])} |",
         f"| 8 LoRA, a slate a row: mixed / one | {shown(peer['peftrank_mixed_over_one'])} |",
         f"| the same in PEFT (`adapter_names`) | {shown(peer['peft_mixed_over_one'])} |",
         f"| PEFT mixed / PeftRank mixed | {shown(peer['peft_over_peftrank_mixed'])} |",
         "",
-        f"Largest difference of a score from that of its slate alone: {mixed['worst_difference']:.2g} "
+        f"Largest difference of a score from its slate's alone: {mixed['worst_difference']:.2g} "
         f"mixed, {mixed['same_adapter_difference']:.2g} in a batch of one adapter (scores span "
         f"{mixed['spread_of_scores']:.2g}).",
         f"{memory['adapters']} resident adapters: {memory['own_bytes'] / 2**20:.0f} MiB of "

@@ -120,7 +120,7 @@ def test_the_bank_equals_peft_in_bfloat16(tiny_decoder, method):
             got = hidden(base.model)
         expected = hidden(model)
     # PEFT computes DoRA's norms anew in each pass, here in bfloat16; the bank once, in float32.
-    assert relative(got, expected) <= (1e-2 if method == "dora" else 0.0)
+    assert relative(got, expected) <= (2e-2 if method == "dora" else 0.0)
 
 
 def test_rank_and_alpha_patterns_and_lora_bias_are_peft_s(tiny_decoder):
