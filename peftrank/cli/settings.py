@@ -111,12 +111,12 @@ def ranker_for(
     """
     from peftrank.base import load_base
     from peftrank.ranker import Ranker
-    from peftrank.store import describe
+    from peftrank.store import load_adapter
 
     wanted = settings.base
     asked = base is not None or any(text.strip().startswith("base.") for text in set_ or ())
     if adapter is not None and not asked:
-        trained = describe(adapter)["base"]
+        trained = load_adapter(adapter).manifest["base"]
         kept = ("name", "quantization", "double_quant", "revision")
         wanted = wanted.model_copy(update={key: trained[key] for key in kept})
     return Ranker(load_base(**wanted.model_dump()), store=store)
