@@ -112,6 +112,11 @@ class Prepared:
         """The adapter's version; see `AdapterInfo`."""
         return self._domain.version
 
+    @property
+    def history_read(self) -> tuple[int, ...]:
+        """Indices of the history items that the tree holds."""
+        return self._domain.template.history_read(self.slate)
+
 
 class Ranker:
     """A base with the adapters of several domains."""
@@ -142,6 +147,8 @@ class Ranker:
         self._micro_tokens, self._row_tokens = micro_tokens, row_tokens
         self._bank = Bank(base)
         self._domains: dict[str, _Domain] = {}  # replaced as a whole, never changed in place
+        self._plain: dict[str, tuple[_Domain, _Domain]] = {}
+        """Domains that were ranked without their adapter, and what did it."""
         self._device: Tier[Banked] = Tier(device_bytes)
         self._host: Tier[AdapterFiles] = Tier(host_bytes)
         self._writing = threading.Lock()
@@ -262,27 +269,8 @@ class Ranker:
         Raises:
             ConfigError: the readout has weights that would have to be trained.
         """
-        made = self._readout(readout, options or {}, ())
-        if any(True for _ in made.parameters()):
-            raise ConfigError(
-                f"readout {readout!r} has weights and nothing trained them. Without an adapter use "
-                "yes_no or likelihood."
-            )
-        needs = {"turn": _turn(made), "max_depth": self.base.max_depth}
-        self._put(
-            _Domain(
-                store.check_domain(domain),
-                method="none",
-                version="none",
-                source=self.base.identity.name,
-                nbytes=0,
-                pinned=True,
-                read=None,
-                template=PromptTemplate(self.base.tokenizer, **{**prompt, **needs}),
-                readout=made,
-                feature_names=(),
-            )
-        )
+        made = self._without_adapter(store.check_domain(domain), prompt, readout, options or {})
+        self._put(made)
         return domain
 
     def unload_adapter(self, domain: str) -> None:
@@ -344,14 +332,23 @@ class Ranker:
         """Returns what `rank` returns, computed in a worker thread."""
         return await asyncio.to_thread(self.rank, slates, domain=domain, k=k)
 
-    def prepare(self, slates: Sequence[Slate], *, domain: str | None = None) -> list[Prepared]:
+    def prepare(
+        self, slates: Sequence[Slate], *, domain: str | None = None, untrained: bool = False
+    ) -> list[Prepared]:
         """Returns slates as prompt trees, each with the adapter its domain has now.
 
         This is the part of `rank` that needs no forward pass; servers do it while another batch is
         being scored. What is prepared keeps its adapter, whatever is loaded or unloaded later.
 
+        Args:
+            slates: They may belong to different domains.
+            domain: The domain of all of them; absent: each slate's own `domain`.
+            untrained: Without the adapter: the domain's prompt, the base as it is, and the
+                likelihood of each candidate's text as its score.
+
         Raises:
-            ConfigError: a slate's domain is not loaded or not given.
+            ConfigError: a slate's domain is not loaded or not given, or `untrained` on a base
+                without a vocabulary head.
             DataError: a slate cannot be read.
             AdapterError: an adapter that was let go of cannot be read again.
         """
@@ -360,6 +357,8 @@ class Ranker:
             groups.setdefault(slate.domain if domain is None else domain, []).append(index)
         # All domains are looked up before any work is done: an unknown one costs nothing.
         found = {name: self._find(name) for name in groups}
+        if untrained:
+            found = {name: self._untrained(served) for name, served in found.items()}
         prepared: dict[int, Prepared] = {}
         for name, indices in groups.items():
             made = self._prepare_in(found[name], [slates[i] for i in indices])
@@ -389,7 +388,7 @@ class Ranker:
     ) -> list[RankedList]:
         """Returns what `rank` returns for slates that `prepare` returned."""
         scored = self.score_prepared(prepared)
-        return [_ranked(p.slate, s, k) for p, s in zip(prepared, scored, strict=True)]
+        return [ranked(p.slate, s, k) for p, s in zip(prepared, scored, strict=True)]
 
     def explain(self, slate: Slate | Prepared, *, domain: str | None = None) -> Explanation:
         """Returns which history items raise or lower which candidates.
@@ -399,16 +398,15 @@ class Ranker:
         """
         if isinstance(slate, Slate):
             slate = self.prepare([slate], domain=domain)[0]
-        kept = slate._domain.template.history_read(slate.slate)
-        whole = _with_history(slate.slate, kept)
-        others = [_with_history(slate.slate, [i for i in kept if i != out]) for out in kept]
-        scores, *without = self.score_prepared(self._prepare_in(slate._domain, [whole, *others]))
-        effects = []
-        for changed in without:
-            gained = [a - b for a, b in zip(scores, changed, strict=True)]
-            mean = sum(gained) / len(gained)
-            effects.append(tuple(value - mean for value in gained))
-        return Explanation(scores, kept, tuple(effects))
+        variants = self.variants(slate)
+        return explanation(slate.history_read, self.score_prepared(variants))
+
+    def variants(self, prepared: Prepared) -> list[Prepared]:
+        """Returns what `explanation` needs scored: the slate, then it without each history item."""
+        kept = prepared.history_read
+        without = [[i for i in kept if i != out] for out in kept]
+        slates = [_with_history(prepared.slate, indices) for indices in (kept, *without)]
+        return self._prepare_in(prepared._domain, slates)
 
     def rank_stream(
         self, slates: Iterable[Slate], *, domain: str | None = None, k: int | None = None
@@ -463,6 +461,37 @@ class Ranker:
         )
         return made.to(self.base.device).eval()
 
+    def _without_adapter(
+        self, name: str, prompt: Mapping[str, Any], readout: str, options: Mapping[str, Any]
+    ) -> _Domain:
+        made = self._readout(readout, options, ())
+        if any(True for _ in made.parameters()):
+            raise ConfigError(
+                f"readout {readout!r} has weights and nothing trained them. Without an adapter use "
+                "yes_no or likelihood."
+            )
+        needs = {"turn": _turn(made), "max_depth": self.base.max_depth}
+        return _Domain(
+            name,
+            method="none",
+            version="none",
+            source=self.base.identity.name,
+            nbytes=0,
+            pinned=True,
+            read=None,
+            template=PromptTemplate(self.base.tokenizer, **{**prompt, **needs}),
+            readout=made,
+            feature_names=(),
+        )
+
+    def _untrained(self, domain: _Domain) -> _Domain:
+        found = self._plain.get(domain.name)
+        if found is None or found[0] is not domain:
+            prompt = domain.template.describe()
+            found = domain, self._without_adapter(domain.name, prompt, "likelihood", {})
+            self._plain[domain.name] = found
+        return found[1]
+
     def _put(self, made: _Domain) -> None:
         with self._writing:
             earlier = self._domains.get(made.name)
@@ -505,6 +534,8 @@ class Ranker:
     def _forget(self, domain: _Domain) -> None:
         self._device.drop(domain)
         self._host.drop(domain)
+        if self._plain.get(domain.name, (None,))[0] is domain:
+            self._plain.pop(domain.name, None)
 
     def _info(self, domain: _Domain) -> AdapterInfo:
         tier: Literal["device", "host", "disk"] = "disk"
@@ -582,7 +613,19 @@ class Ranker:
         ]
 
 
-def _ranked(slate: Slate, scores: Scores, k: int | None) -> RankedList:
+def explanation(history: tuple[int, ...], scores: Sequence[Scores]) -> Explanation:
+    """Returns what history items did, from the scores of `Ranker.variants`."""
+    whole, *without = scores
+    effects = []
+    for changed in without:
+        gained = [a - b for a, b in zip(whole, changed, strict=True)]
+        mean = sum(gained) / len(gained)
+        effects.append(tuple(value - mean for value in gained))
+    return Explanation(whole, history, tuple(effects))
+
+
+def ranked(slate: Slate, scores: Scores, k: int | None = None) -> RankedList:
+    """Returns a slate's candidates, best first, the best k of them; ties by item id."""
     ids = (item.item_id for item in slate.candidates)
     best = sorted(zip(ids, scores, strict=True), key=lambda pair: (-pair[1], pair[0]))[:k]
     return RankedList(slate.slate_id, tuple(i for i, _ in best), tuple(s for _, s in best))
