@@ -218,7 +218,7 @@ def _records(
         return
     for line, text in text_lines(path, reject):
         try:
-            record = json.loads(text, object_pairs_hook=_unique)
+            record = json.loads(text, object_pairs_hook=unique_keys)
         except json.JSONDecodeError as error:
             reject(path, line, f"not valid JSON: {error.msg} at column {error.colno}", text)
         except ValueError as error:
@@ -229,7 +229,8 @@ def _records(
             yield line, text, record
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object's pairs as a dict; raises ValueError if a key occurs twice."""
     record = dict(pairs)
     if len(record) < len(pairs):
         keys = [key for key, _ in pairs]
