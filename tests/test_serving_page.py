@@ -1,16 +1,18 @@
 """The page of the server, driven in headless Chromium against the real application."""
 
+import contextlib
 import json
-import os
 import re
 import shutil
 import subprocess
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-import peftrank.serving
+uvicorn = pytest.importorskip("uvicorn", reason="needs the serve extra")
+import peftrank.serving  # noqa: E402
 
 PAGE = Path(peftrank.serving.__file__).parent / "page"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -64,9 +66,43 @@ def chromium():
         browser.close()
 
 
+@contextlib.contextmanager
+def served(ranker, **settings):
+    """The address of the app, serving in a thread."""
+    from peftrank.serving.app import create_app
+    from peftrank.serving.settings import ServeSettings
+
+    app = create_app(ranker, ServeSettings(watch_seconds=0, **settings))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, ws="none"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}/"
+    server.should_exit = True
+    thread.join(10)
+    assert not thread.is_alive()
+
+
 @pytest.fixture(scope="module")
-def site():
-    return os.environ["PAGE_URL"]
+def ranker(workplace):
+    """A tiny base with two adapters, as the domains news and video."""
+    from peftrank.base import load_base
+    from peftrank.ranker import Ranker
+
+    base = load_base(str(workplace / "base"), quantization="none", device="cpu")
+    with Ranker(base, store=workplace / "adapters") as made:
+        made.load_adapter("news@0001")
+        made.load_adapter("news@0002", domain="video")
+        yield made
+
+
+@pytest.fixture(scope="module")
+def site(ranker):
+    with served(ranker) as address:
+        yield address
 
 
 @pytest.fixture
@@ -431,7 +467,7 @@ def test_every_stop_of_the_tab_key_is_seen_and_the_keyboard_alone_ranks_and_expl
 
     forward = [
         "Skip to the result",
-        "API",
+        "OpenAPI",
         "Metrics",
         "domain",
         "source",

@@ -115,22 +115,8 @@ const ordinal = (n) => {
 
 const adapterOf = (domain) => state.adapters.find((adapter) => adapter.domain === domain);
 
-/** Returns the item field a domain's prompt reads. */
-function fieldOf(domain) {
-  const told = adapterOf(domain)?.fields?.[0];
-  if (told) return told;
-  // A server that does not tell: `title`, or else the field with the most text in the sample.
-  const lengths = new Map();
-  for (const slate of state.samples.get(domain) ?? []) {
-    for (const item of slate.candidates) {
-      for (const [name, text] of Object.entries(item.fields ?? {})) {
-        lengths.set(name, (lengths.get(name) ?? 0) + text.length);
-      }
-    }
-  }
-  if (lengths.has("title") || lengths.size === 0) return "title";
-  return [...lengths].sort((a, b) => b[1] - a[1])[0][0];
-}
+/** Returns the item field a domain's prompt reads first. */
+const fieldOf = (domain) => adapterOf(domain)?.fields?.[0] ?? "title";
 
 /** Returns [the text the model reads, the other texts] of an item of a domain. */
 function textsOf(item, domain) {
@@ -187,7 +173,7 @@ function slateOfForm() {
     const candidates = linesOf("candidates-text").map(item("c"));
     if (!candidates.length) throw new Error("Write at least one candidate, one title per line.");
     const history = linesOf("history-text").map(item("h"));
-    return { slate_id: "pasted", user_id: "page", history, candidates };
+    return { slate_id: "pasted", history, candidates };
   }
   const text = $("json-text").value.trim();
   if (!text) throw new Error("Paste a slate as JSON.");
@@ -200,7 +186,7 @@ function slateOfForm() {
   if (!Array.isArray(record?.candidates) || !record.candidates.length) {
     throw new Error('The slate needs "candidates", a list of items.');
   }
-  return { slate_id: "pasted", user_id: "page", ...record };
+  return record;
 }
 
 /** Returns what stands side by side, left to right. Each will get `order` and `scores`. */
@@ -261,6 +247,7 @@ async function rank() {
   say(failed ? "Not ranked." : summary(performance.now() - started));
   drawRankings();
   drawHistory();
+  $(failed ? "error" : "summary").scrollIntoView({ block: "nearest" }); // the form may be long
 }
 
 /** Gives up what is under way, and returns what can give up the next. */
@@ -539,8 +526,9 @@ function drawHistory() {
   $("history-hint").textContent = historyHint(items);
   if (!items.length) return;
   const known = asked.filter((column) => column.explanation?.effects);
-  const effects = known.flatMap((column) => Object.values(column.explanation.effects).flat());
-  const widest = Math.max(1e-9, ...effects.map(Math.abs));
+  const every = known.flatMap((column) => Object.values(column.explanation.effects).flat());
+  const widest = Math.max(1e-9, ...every.map(Math.abs));
+  const effects = known.map((column) => effectsOf(column.explanation, items));
   const rows = items.map(({ item, feedback }, place) => {
     const parts = titleParts(item, null);
     if (feedback !== undefined)
@@ -550,7 +538,7 @@ function drawHistory() {
       {},
       el("td", { class: "number rank" }, String(place + 1)),
       el("th", { scope: "row" }, ...parts),
-      ...known.map((column) => effectCell(effectOf(column, items, place), widest)),
+      ...effects.map((each) => effectCell(each[place], widest)),
     );
   });
   const name = (column) => (known.length > 1 ? `Effect, ${column.domain}` : "Effect");
@@ -574,12 +562,14 @@ function historyItems() {
   return told.map((id) => ({ item: id }));
 }
 
-/** Returns an item's effect on the chosen candidate, or null if the adapter did not read it. */
-function effectOf(column, items, place) {
-  const { history, effects } = column.explanation;
-  const read = place - (items.length - history.length); // what is too old to be read is left out
-  if (history[read] !== idOf(items[place].item)) return null;
-  return effects[state.chosen]?.[read] ?? null;
+/** Returns each item's effect on the chosen candidate, or null where the adapter did not read it. */
+function effectsOf({ history, effects }, items) {
+  let left = history.length; // the prompt leaves out what is too old or has no text
+  const places = items.map(() => null);
+  for (let place = items.length - 1; place >= 0 && left > 0; place -= 1) {
+    if (idOf(items[place].item) === history[left - 1]) places[place] = left -= 1;
+  }
+  return places.map((place) => (place === null ? null : effects[state.chosen][place]));
 }
 
 function effectCell(effect, widest) {
@@ -630,7 +620,7 @@ function explained(items, columns) {
 }
 
 function mattered(column, items) {
-  const effects = items.map((_item, place) => effectOf(column, items, place) ?? 0);
+  const effects = effectsOf(column.explanation, items).map((effect) => effect ?? 0);
   const most = [Math.max(...effects), Math.min(...effects)];
   const parts = [];
   most.forEach((effect, down) => {
