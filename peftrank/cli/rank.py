@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
+from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,19 +17,38 @@ from peftrank.cli import options
 if TYPE_CHECKING:
     from peftrank.config import Config
     from peftrank.ranker import Ranker
+    from peftrank.serving.bulk import Adapter, Job
     from peftrank.types import RankedList, Slate
+
+_REPORT_SECONDS = 60
+
+
+class Engine(StrEnum):
+    """Who ranks."""
+
+    local = "local"
+    ray = "ray"
 
 
 def command(
     domain: options.Domain = None,
     input_: Annotated[
-        Path | None, typer.Option("--input", help="Slates, JSON lines or Parquet.")
+        Path | None,
+        typer.Option("--input", help="Slates: JSON lines, Parquet, or a folder of such files."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Rankings: .jsonl, or .run for a TREC run.")
+        Path | None,
+        typer.Option(
+            help="Rankings: .jsonl, .parquet, .run for a TREC run, or a folder (a name without a "
+            "dot) for Parquet shards, where a job that was stopped goes on by the same command."
+        ),
     ] = None,
     adapter: Annotated[
-        str | None, typer.Option(help="A folder, domain or domain@version; absent: the active.")
+        str | None,
+        typer.Option(
+            help="A folder, domain, domain@version, or user/repo[@revision] on the Hub; absent: "
+            "the active."
+        ),
     ] = None,
     index: Annotated[
         int | None, typer.Option(help="Instead of a file: show one slate of the test part.", min=0)
@@ -35,35 +58,121 @@ def command(
     data: options.Data = None,
     store: options.Store = Path("adapters"),
     k: Annotated[int | None, typer.Option("-k", help="Keep the best k.", min=1)] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="local: this machine; ray: Ray Data, here or on RAY_ADDRESS.")
+    ] = Engine.local,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes or Ray actors, each with a base in memory of its own. Absent: one per "
+            "GPU; without GPUs one (Ray: one per node), which uses all cores.",
+            min=1,
+        ),
+    ] = None,
+    shard_slates: Annotated[
+        int | None,
+        typer.Option(
+            help="Slates per shard: at most so many per worker are ranked again after a stop. "
+            "Absent: 256.",
+            min=1,
+        ),
+    ] = None,
     set_: options.Set = None,
 ) -> None:
     """Rank the candidates of slates with a domain's adapter."""
     from peftrank.cli.settings import settings_of, slate_at
     from peftrank.errors import ConfigError
-    from peftrank.formats.slates import read_slates, write_rankings
+    from peftrank.serving import bulk
 
     settings = settings_of(domain=domain, config=config, base=base, data=data, set_=set_)
-    if input_ is not None and output is not None and index is None:
-        ranker, name = _loaded(settings, adapter, store, base, set_)
-        slates = read_slates(input_, items=settings.data.items)
-        count = write_rankings(output, ranker.rank_stream(slates, domain=name, k=k))
-        typer.echo(json.dumps({"slates": count, "output": str(output)}))
-    elif index is not None and input_ is None and output is None:
+    if index is not None and input_ is None and output is None:
         slate = slate_at(settings, "test", index)
-        ranker, name = _loaded(settings, adapter, store, base, set_)
-        _show(slate, ranker.rank(slate, domain=name, k=k), settings)
-    else:
+        found = bulk.find_adapter(adapter or settings.domain, store)
+        ranker = _loaded(found, _base(settings, found, base, set_), settings.domain)
+        _show(slate, ranker.rank(slate, domain=settings.domain, k=k), settings)
+        return
+    if input_ is None or output is None or index is not None:
         raise ConfigError("give --input FILE and --output FILE, or --index N to look at one slate")
+    is_folder = output.is_dir() or not output.suffix
+    if not is_folder:
+        bulk.check_file(output)
+    found = bulk.find_adapter(adapter or settings.domain, store)
+    job = bulk.Job(
+        input=input_,
+        output=(output if is_folder else output.with_name(f"{output.name}.shards")).absolute(),
+        adapter=found,
+        base=_base(settings, found, base, set_),
+        domain=settings.domain,
+        items=settings.data.items,
+        k=k,
+        shard_slates=shard_slates or bulk.SHARD_SLATES,
+    )
+    alone = engine is Engine.local and bulk.processes(workers) == 1
+    if alone and not is_folder and shard_slates is None:
+        count = _stream(job, output)
+    else:
+        count = _run(job, None if is_folder else output, engine, workers)
+    typer.echo(json.dumps({"slates": count, "output": str(output)}))
 
 
-def _loaded(
-    settings: Config, adapter: str | None, store: Path, base: str | None, set_: list[str] | None
-) -> tuple[Ranker, str]:
-    from peftrank.cli.settings import find_adapter, ranker_for
+def _base(
+    settings: Config, adapter: Adapter, base: str | None, set_: list[str] | None
+) -> dict[str, Any]:
+    """Returns the arguments of `load_base`: the base asked for, else the adapter's own."""
+    wanted = settings.base.model_dump()
+    if base is not None or any(text.strip().startswith("base.") for text in set_ or ()):
+        return wanted
+    trained = adapter.manifest["base"]
+    kept = ("name", "quantization", "double_quant", "revision")
+    return wanted | {key: trained[key] for key in kept}
 
-    folder = find_adapter(adapter, settings, store)
-    ranker = ranker_for(settings, store, adapter=folder, base=base, set_=set_)
-    return ranker, ranker.load_adapter(folder, domain=settings.domain)
+
+def _loaded(adapter: Adapter, base: dict[str, Any], domain: str) -> Ranker:
+    from peftrank.base import load_base
+    from peftrank.ranker import Ranker
+
+    ranker = Ranker(load_base(**base))
+    ranker.load_adapter(adapter.source, domain=domain)
+    return ranker
+
+
+def _stream(job: Job, output: Path) -> int:
+    """Ranks in this process, straight into a file."""
+    from peftrank.formats.slates import read_slates
+    from peftrank.serving import bulk
+
+    slates = read_slates(job.input, items=job.items)
+    ranker = _loaded(job.adapter, dict(job.base), job.domain)
+    return bulk.write_file(output, ranker.rank_stream(slates, domain=job.domain, k=job.k), job)
+
+
+def _run(job: Job, output: Path | None, engine: Engine, workers: int | None) -> int:
+    """Ranks shard by shard, in workers, and shows how far it is."""
+    from peftrank.serving import bulk, bulk_ray
+
+    rank = bulk_ray.on_ray if engine is Engine.ray else bulk.local
+    if output is None:
+        done = bulk.run(job, rank, workers=workers, progress=_progress())
+    else:
+        done = bulk.run_into_file(job, output, rank, workers=workers, progress=_progress())
+    return done.slates
+
+
+def _progress() -> Callable[[int, int], None]:
+    """Returns what reports on standard error: a line that renews itself, or one a minute."""
+    terminal = sys.stderr.isatty()
+    told = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal told
+        if terminal:
+            end = "\n" if done == total else "\r"  # what comes next is written over it
+            typer.echo(f"{done:,} of {total:,} slates ranked{end}", err=True, nl=False)
+        elif time.monotonic() - told >= _REPORT_SECONDS:
+            told = time.monotonic()
+            typer.echo(f"{done:,} of {total:,} slates ranked", err=True)
+
+    return report
 
 
 def _show(slate: Slate, ranked: RankedList, settings: Config) -> None:
