@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ ARGUMENTS = (
     "--disable-background-networking --disable-component-update --disable-sync"
 ).split()
 DESKTOP, PHONE, NARROW = (1280, 900), (390, 844), (360, 740)
+LOOKS = [("desktop", DESKTOP, "light"), ("phone", PHONE, "dark")]
 
 # What the person at the keyboard would call the visible text: its colour against the first opaque
 # ground beneath it, as WCAG's contrast ratio. Returns the texts that stay under 4.5.
@@ -595,3 +597,31 @@ def test_the_page_has_no_inline_code_and_names_no_other_host():
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|localStorage", script
     )
+
+
+@pytest.mark.skipif(
+    not os.environ.get("PEFTRANK_SCREENSHOTS"),
+    reason="writes docs/serving-*.png; asked for with PEFTRANK_SCREENSHOTS=1",
+)
+@pytest.mark.parametrize(("name", "size", "scheme"), LOOKS)
+def test_screenshots_of_the_shipped_adapters(visit, smollm2_nf4, name, size, scheme):
+    """The page as it opens, ranked, with its first candidate chosen."""
+    from peftrank.ranker import Ranker
+
+    with Ranker(smollm2_nf4, store=DOCS.parent / "adapters") as ranker:
+        for domain in ("ecommerce", "news", "social", "video"):
+            ranker.load_adapter(domain)
+        with served(ranker) as address:
+            page = visit(address, size=size, color_scheme=scheme)
+            page.set_default_timeout(60_000)
+            rank(page)
+            first = page.locator("input[name=candidate-1]").first
+            first.check()
+            page.locator("td.effect").first.wait_for()
+            if size == DESKTOP:
+                page.evaluate("scrollTo(0, 0)")
+            else:
+                page.evaluate("document.querySelectorAll('#rankings table')[1].scrollIntoView()")
+            page.mouse.move(0, 0)
+            page.wait_for_timeout(500)  # the bars have grown
+            page.screenshot(path=DOCS / f"serving-{name}.png")

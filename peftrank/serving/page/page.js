@@ -122,7 +122,8 @@ const fieldOf = (domain) => adapterOf(domain)?.fields?.[0] ?? "title";
 function textsOf(item, domain) {
   // A pasted item may be anything: what is wrong with it, the server will say.
   const fields = Object(item?.fields);
-  const read = [fieldOf(domain), "title", ...Object.keys(fields)].find((name) => fields[name]);
+  const longest = Object.keys(fields).sort((a, b) => fields[b].length - fields[a].length);
+  const read = [fieldOf(domain), ...longest].find((name) => fields[name]);
   const others = Object.keys(fields).filter((name) => name !== read && fields[name]);
   return [String(fields[read] ?? idOf(item)), others.map((name) => fields[name]).join(" · ")];
 }
@@ -562,7 +563,7 @@ function historyItems() {
   return told.map((id) => ({ item: id }));
 }
 
-/** Returns each item's effect on the chosen candidate, or null where the adapter did not read it. */
+/** Returns each item's effect on the chosen candidate; null where the adapter did not read it. */
 function effectsOf({ history, effects }, items) {
   let left = history.length; // the prompt leaves out what is too old or has no text
   const places = items.map(() => null);
@@ -634,7 +635,7 @@ function mattered(column, items) {
     );
   });
   return [
-    `With ${nameOf(column)} `,
+    `With ${nameOf(column)}, `,
     ...(parts.length ? parts : ["the history makes no difference"]),
     ".",
   ];
