@@ -5,10 +5,11 @@ import os
 import re
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -201,12 +202,19 @@ def test_push_and_pull(commands_of, run_commands, tmp_path, monkeypatch):
     assert store.active(Path(".demo/share/pulled"), "news") == "0001"
 
 
+def free_port():
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 SAYS = {
     "add_domain.py": r"hit@1 (0\.[5-9]|1)",
     "add_loss.py": r"adapters/news/0001",
     "evaluate_against_baselines.sh": r"zero_shot \(cosine\)",
     "multi_gpu.sh": r"^2 processes\n(.*\n)*saved and activated \S+/0001 ",
     "push_and_pull.sh": r"nothing was uploaded",
+    "serve_and_call.py": r"^ada .*\n  Central bank.*\n(.*\n)*bob .*\n  Cup final",
     "train_on_csv.py": r"adapter +│ 0\.",
     "two_domains.py": r"ecommerce: adapter",
 }
@@ -217,6 +225,7 @@ SAYS = {
 def test_each_example_runs_as_it_stands_in_two_minutes(name, tmp_path):
     beside_python = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{beside_python}:{os.environ['PATH']}"}
+    environment["PORT"] = free_port()
     for variable in ("BASE", "REPO"):
         environment.pop(variable, None)
     program = sys.executable if name.endswith(".py") else BASH
@@ -225,5 +234,5 @@ def test_each_example_runs_as_it_stands_in_two_minutes(name, tmp_path):
         [program, EXAMPLES / name], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr
-    assert re.search(SAYS[name], ran.stdout), ran.stdout
+    assert re.search(SAYS[name], ran.stdout, flags=re.MULTILINE), ran.stdout
     assert time.monotonic() - start < 120
