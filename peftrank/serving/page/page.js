@@ -45,9 +45,9 @@ async function call(path, body, signal) {
   }
   const value = await answer.json().catch(() => null);
   if (answer.ok) return value;
-  let message = value?.error?.message ?? `The server answered ${answer.status}.`;
+  let message = sentence(value?.error?.message ?? `the server answered ${answer.status}`);
   const later = answer.headers.get("Retry-After");
-  if (later) message += ` Try again in ${later} s.`;
+  if (later && !/again/i.test(message)) message += ` Try again in ${later} s.`;
   const type = value?.error?.type ?? (answer.status === 401 ? "auth" : "internal");
   throw new ServerError(type, message, answer.status);
 }
@@ -101,6 +101,9 @@ function filled(kind, share) {
   return made;
 }
 
+/** Returns a message as a sentence: servers write them without a capital and a full stop. */
+const sentence = (text) =>
+  text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
 const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 const minus = (text) => text.replace("-", "−");
 const shownScore = (value) => minus(value.toFixed(3));
@@ -783,9 +786,7 @@ async function ready() {
       await call("readyz");
       return show("notice", "");
     } catch (error) {
-      const text =
-        error.status === 503 ? "The server is loading its base and adapters." : error.message;
-      show("notice", `${text} This page goes on by itself as soon as it is ready.`);
+      show("notice", `${error.message} This page goes on by itself as soon as it is ready.`);
     }
     await pause(WAIT_MS);
   }
