@@ -1,303 +1,252 @@
-"""JSON bodies <-> our types, with the checks of the slate format; and what OpenAPI shows."""
+"""Bodies of requests as slates and events, with the checks and messages that files get.
+
+Knows neither the server nor the ranker; `_openapi.py` describes the same bodies to people.
+"""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
-from peftrank.errors import ConfigError, DataError
+from peftrank.errors import DataError, PeftRankError
 from peftrank.formats._record import item_from_record, slate_from_record
 from peftrank.formats.slates import unique_keys
 from peftrank.plugins import did_you_mean
-from peftrank.ranker import AdapterInfo, Explanation, Prepared
 from peftrank.serving.history import Event
 from peftrank.serving.settings import ServeSettings
-from peftrank.types import Item, RankedList, Slate
+from peftrank.types import Item, Slate
 
 _RANK_KEYS = ("slates", "slate", "domain", "k", "explain", "adapter")
 _EVENT_KEYS = ("user_id", "domain", "item", "feedback", "timestamp", "event_id")
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
-    """Returns the object a body holds.
+class LimitError(PeftRankError):
+    """A request is larger than this server takes."""
+
+    def __init__(self, message: str, status: int = 400):
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class RankCall:
+    """The body of POST /v1/rank."""
+
+    slates: list[Slate]
+    stored: frozenset[int]
+    """Slates that brought no history, by their place: they are to have the stored one."""
+    domain: str | None
+    k: int | None
+    explain: bool
+    untrained: bool
+
+    def domain_of(self, slate: Slate) -> str | None:
+        """Returns the domain a slate is ranked in, if any was given."""
+        return slate.domain if self.domain is None else self.domain
+
+
+def rank_call(body: bytes, limits: ServeSettings) -> RankCall:
+    """Returns what a body asks for.
 
     Raises:
-        DataError: it is no UTF-8, no JSON, no object, or holds NaN or a key twice.
+        DataError: it is malformed; the message names the slate and the key.
+        LimitError: it is larger than the limits.
     """
+    with _explained():
+        value = _object(body, _RANK_KEYS)
+        records = _records(value, limits)
+        k = value.get("k")
+        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+            raise ValueError("k must be a whole number of at least 1, or null for all candidates")
+        if value.get("adapter") not in (None, "none"):
+            raise ValueError('adapter must be "none" (the untrained base), or left out')
+        stored = (place for place, record in enumerate(records) if record.get("history") is None)
+        return RankCall(
+            slates=[_slate(record, place, limits) for place, record in enumerate(records)],
+            stored=frozenset(stored),
+            domain=_optional_text(value, "domain"),
+            k=k,
+            explain=_flag(value, "explain"),
+            untrained=value.get("adapter") == "none",
+        )
+
+
+def events(body: bytes, limits: ServeSettings, now: float) -> list[Event]:
+    """Returns the events of the body of POST /v1/events.
+
+    Args:
+        body: JSON.
+        limits: How many are taken.
+        now: The time of events that have none.
+
+    Raises:
+        DataError: it is malformed; the message names the event by its place.
+        LimitError: too many events.
+    """
+    with _explained():
+        records = _object(body, ("events",)).get("events")
+        if not isinstance(records, list):
+            raise ValueError("the request needs events, an array of objects")
+        if len(records) > limits.max_events:
+            raise LimitError(
+                f"the request has {len(records)} events; this server takes {limits.max_events} "
+                "at a time"
+            )
+    made = []
+    for place, record in enumerate(records):
+        with _explained(f"events[{place}]: "):
+            made.append(_event(record, now))
+    return made
+
+
+def version_named(body: bytes, *, needed: bool) -> str | None:
+    """Returns the `version` of the body of an admin call; an empty body names none.
+
+    Raises:
+        DataError: it is malformed, or the version is missing.
+    """
+    with _explained():
+        version = _optional_text(_object(body or b"{}", ("version",)), "version")
+        if needed and version is None:
+            raise ValueError('the request needs a version: {"version": "0001"}')
+        return version
+
+
+@contextmanager
+def _explained(where: str = "") -> Iterator[None]:
     try:
-        found = json.loads(
-            body.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_no_constant
+        yield
+    except ValueError as error:
+        raise DataError(f"{where}{error}") from None
+
+
+def _object(body: bytes, keys: Sequence[str]) -> dict[str, Any]:
+    try:
+        value = json.loads(
+            body.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_no_number
         )
     except UnicodeDecodeError as error:
-        raise DataError(f"the body is not UTF-8 (byte {error.start})") from None
+        raise ValueError(f"the body is not UTF-8: byte {error.start} cannot be read") from None
     except json.JSONDecodeError as error:
-        raise DataError(
+        raise ValueError(
             f"the body is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         ) from None
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise DataError(f"the body is not valid JSON: {reason}") from None
-    if not isinstance(found, dict):
-        raise DataError(f"the body must be a JSON object, not {type(found).__name__}")
-    return found
-
-
-def rank_request(
-    body: Mapping[str, Any], settings: ServeSettings
-) -> tuple[list[tuple[Slate, bool]], dict[str, Any]]:
-    """Returns the slates, each with whether it brought its own history, and the other options.
-
-    Raises:
-        DataError: a key or a slate is malformed.
-        ConfigError: more is asked for than one request may.
-    """
-    _check_keys(body, _RANK_KEYS, "a request")
-    if ("slates" in body) == ("slate" in body):
-        raise DataError("give either `slates`, an array, or `slate`, one object")
-    records = body["slates"] if "slates" in body else [body["slate"]]
-    if not isinstance(records, list):
-        raise DataError("`slates` must be an array of slates")
-    if len(records) > settings.max_slates:
-        raise ConfigError(
-            f"{len(records)} slates in a request; this server takes {settings.max_slates}"
-        )
-    slates = [_slate(record, str(index), settings) for index, record in enumerate(records)]
-    options = {
-        "domain": _optional(body, "domain", str),
-        "k": _optional(body, "k", int),
-        "explain": bool(_optional(body, "explain", bool)),
-        "adapter": _optional(body, "adapter", str),
-    }
-    if options["k"] is not None and options["k"] < 1:
-        raise DataError(f"k is {options['k']}; expected at least 1")
-    if options["adapter"] not in (None, "none"):
-        raise DataError("`adapter` is `none`, for the untrained base, or absent")
-    if options["adapter"] and options["explain"]:
-        raise DataError("`explain` needs an adapter; leave out `adapter` or `explain`")
-    return slates, options
-
-
-def event_request(body: Mapping[str, Any], settings: ServeSettings) -> list[Event]:
-    """Returns the events of a request; one without a time happened now.
-
-    Raises:
-        DataError: one is malformed.
-        ConfigError: they are too many.
-    """
-    _check_keys(body, ("events",), "a request")
-    records = body.get("events")
-    if not isinstance(records, list):
-        raise DataError("`events` must be an array of events")
-    if len(records) > settings.max_history:
-        raise ConfigError(
-            f"{len(records)} events in a request; this server takes {settings.max_history}"
-        )
-    return [_event(record, index) for index, record in enumerate(records)]
-
-
-def ranking(
-    one: Prepared, found: RankedList, explained: Explanation | None, k: int | None
-) -> dict[str, Any]:
-    """Returns the answer for a slate."""
-    answer: dict[str, Any] = {
-        "slate_id": found.slate_id,
-        "domain": one.domain,
-        "version": one.version,
-        "item_ids": list(found.item_ids),
-        "scores": list(found.scores),
-        "explanation": None,
-    }
-    if explained is not None:
-        effects = {
-            item.item_id: [row[place] for row in explained.effects]
-            for place, item in enumerate(one.slate.candidates)
-            if item.item_id in found.item_ids
-        }
-        history = [one.slate.history[i].item_id for i in explained.history]
-        answer["explanation"] = {"history": history, "effects": effects}
-    return answer
-
-
-def adapter_record(
-    info: AdapterInfo, active: str | None, versions: Sequence[str]
-) -> dict[str, Any]:
-    """Returns what /v1/adapters says of one domain."""
-    return {**asdict(info), "active": active, "versions": list(versions)}
-
-
-def _slate(record: Any, name: str, settings: ServeSettings) -> tuple[Slate, bool]:  # noqa: ANN401
-    if not isinstance(record, dict):
-        raise DataError(f"slate {name}: a slate is an object, not {type(record).__name__}")
-    whole = {**record}
-    whole.setdefault("slate_id", name)
-    whole.setdefault("user_id", "anonymous")
-    has_history = record.get("history") is not None
-    if not has_history:
-        whole["history"] = []
-        if record.get("history_feedback") is not None:
-            raise DataError(f"slate {name}: history_feedback without a history")
-        if "user_id" not in record:
-            raise DataError(f"slate {name}: give a history, or the user_id whose history is stored")
-    for key, most in (
-        ("candidates", settings.max_candidates),
-        ("history", settings.max_history),
-    ):
-        if isinstance(whole.get(key), list) and len(whole[key]) > most:
-            raise ConfigError(
-                f"slate {whole['slate_id']!r} has {len(whole[key])} {key}; this server takes {most}"
-            )
-    try:
-        return slate_from_record(whole, _no_items_file), has_history
+    except RecursionError:
+        raise ValueError("the body is not valid JSON: nested too deeply") from None
     except ValueError as error:
-        raise DataError(str(error)) from None
+        raise ValueError(f"the body is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"the body must be a JSON object with {', '.join(keys)}")
+    _check_keys(value, keys, "the request")
+    return value
 
 
-def _event(record: Any, index: int) -> Event:  # noqa: ANN401
-    try:
-        if not isinstance(record, dict):
-            raise DataError(f"an event is an object, not {type(record).__name__}")
-        _check_keys(record, _EVENT_KEYS, "an event")
-        timestamp = _optional(record, "timestamp", float)
-        return Event(
-            user_id=_required(record, "user_id"),
-            domain=_required(record, "domain"),
-            item=item_from_record(record.get("item"), _no_items_file),
-            feedback=_optional(record, "feedback", float),
-            timestamp=time.time() if timestamp is None else timestamp,
-            event_id=_optional(record, "event_id", str),
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number in JSON; leave an unknown value out, or write null")
+
+
+def _check_keys(value: Mapping[str, Any], keys: Sequence[str], what: str) -> None:
+    for key in value:
+        if key not in keys:
+            hint = did_you_mean(key, keys)
+            raise ValueError(f"unknown key {key!r}{hint}; {what} has {', '.join(keys)}")
+
+
+def _optional_text(value: Mapping[str, Any], key: str) -> str | None:
+    text = value.get(key)
+    if text is not None and (not isinstance(text, str) or not text):
+        raise ValueError(f"{key} must be a text of at least one character, or null")
+    return text
+
+
+def _flag(value: Mapping[str, Any], key: str) -> bool:
+    flag = value.get(key)
+    if flag is not None and not isinstance(flag, bool):
+        raise ValueError(f"{key} must be true or false")
+    return bool(flag)
+
+
+def _records(value: Mapping[str, Any], limits: ServeSettings) -> list[dict[str, Any]]:
+    if (value.get("slates") is None) == (value.get("slate") is None):
+        raise ValueError("the request needs slates, an array; or slate, a single one")
+    records = [value["slate"]] if value.get("slates") is None else value["slates"]
+    if not isinstance(records, list):
+        raise ValueError("slates must be an array of slates")
+    if len(records) > limits.max_slates:
+        raise LimitError(
+            f"the request has {len(records)} slates; this server takes {limits.max_slates} "
+            "at a time"
         )
-    except (DataError, ValueError) as error:
-        raise DataError(f"events[{index}]: {error}") from None
+    for place, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise ValueError(f"slates[{place}] must be an object with keys")
+    return records
 
 
-def _check_keys(record: Mapping[str, Any], known: Sequence[str], what: str) -> None:
-    for key in record:
-        if key not in known:
-            raise DataError(
-                f"unknown key {key!r}{did_you_mean(key, known)}; {what} has {', '.join(known)}"
+def _slate(record: Mapping[str, Any], place: int, limits: ServeSettings) -> Slate:
+    slate_id = record.get("slate_id", str(place))
+    for key, most in (("candidates", limits.max_candidates), ("history", limits.max_history)):
+        given = record.get(key)
+        if isinstance(given, list) and len(given) > most:
+            raise LimitError(
+                f"slate {_id(slate_id)} has {len(given)} {key}; this server takes at most {most}"
             )
+    filled = {"user_id": "anonymous", **record, "slate_id": slate_id}
+    if record.get("history") is None:
+        filled["history"] = []
+        if record.get("user_id") is None:
+            raise ValueError(
+                f"slate {_id(slate_id)}: give a history, or the user_id whose history is stored"
+            )
+        if record.get("history_feedback") is not None:
+            raise ValueError(
+                f"slate {_id(slate_id)}: history_feedback needs the history it belongs to"
+            )
+    return slate_from_record(filled, _no_text)
 
 
-def _required(record: Mapping[str, Any], name: str) -> str:
-    value = record.get(name)
-    if not isinstance(value, str) or not value:
-        raise DataError(f"{name} must be a text")
-    return value
+def _id(slate_id: object) -> str:
+    return repr(slate_id) if isinstance(slate_id, str) else "without a readable id"
 
 
-def _optional(record: Mapping[str, Any], name: str, kind: type) -> Any:  # noqa: ANN401
-    value = record.get(name)
-    kinds = (int, float) if kind is float else (kind,)
-    right = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
-    if value is not None and not right:
-        names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
-        raise DataError(f"{name} must be {names[kind]} or null")
-    return value
+def _no_text(item_id: str) -> Item:
+    raise ValueError(
+        f"item {item_id!r} has no fields; the server knows no items, so send its text: "
+        '{"item_id": ..., "fields": {"title": ...}}'
+    )
 
 
-def _no_items_file(item_id: str) -> Item:
-    raise ValueError(f"item {item_id!r} has no `fields`: give its text")
+def _event(record: Any, now: float) -> Event:  # noqa: ANN401 - any JSON value
+    if not isinstance(record, dict):
+        raise ValueError(f"an event must be an object with {', '.join(_EVENT_KEYS)}")
+    _check_keys(record, _EVENT_KEYS, "an event")
+    for key in ("user_id", "domain", "item"):
+        if record.get(key) is None:
+            raise ValueError(f"key {key!r} is missing; an event needs user_id, domain and item")
+    timestamp = _finite(record, "timestamp")
+    return Event(
+        user_id=_optional_text(record, "user_id") or "",
+        domain=_optional_text(record, "domain") or "",
+        item=item_from_record(record["item"], _no_text),
+        feedback=_finite(record, "feedback"),
+        timestamp=now if timestamp is None else timestamp,
+        event_id=_optional_text(record, "event_id"),
+    )
 
 
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
-
-
-_ITEM = {
-    "type": "object",
-    "required": ["item_id", "fields"],
-    "properties": {
-        "item_id": {"type": "string"},
-        "fields": {"type": "object", "additionalProperties": {"type": "string"}},
-        "features": {"type": "object", "additionalProperties": {"type": "number"}},
-    },
-}
-_SLATE = {
-    "type": "object",
-    "required": ["candidates"],
-    "properties": {
-        "slate_id": {"type": "string"},
-        "user_id": {"type": "string"},
-        "history": {"type": "array", "items": _ITEM, "nullable": True},
-        "candidates": {"type": "array", "items": _ITEM},
-        "history_feedback": {"type": "array", "items": {"type": "number"}, "nullable": True},
-        "domain": {"type": "string", "nullable": True},
-        "context": {"type": "object", "additionalProperties": {"type": "string"}},
-        "timestamp": {"type": "number", "nullable": True},
-    },
-}
-_EXAMPLE = {
-    "user_id": "u1",
-    "history": [{"item_id": "a", "fields": {"title": "Eagle chicks tagged by rangers"}}],
-    "candidates": [
-        {"item_id": "b", "fields": {"title": "Central bank holds rates"}},
-        {"item_id": "c", "fields": {"title": "Zoo welcomes newborn tapir"}},
-    ],
-}
-
-
-def _body(properties: Mapping[str, Any], example: Mapping[str, Any]) -> dict[str, Any]:
-    schema = {"type": "object", "properties": dict(properties)}
-    content = {"application/json": {"schema": schema, "example": dict(example)}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-RANK_BODY = _body(
-    {
-        "slates": {"type": "array", "items": _SLATE},
-        "slate": _SLATE,
-        "domain": {"type": "string", "nullable": True},
-        "k": {"type": "integer", "minimum": 1, "nullable": True},
-        "explain": {"type": "boolean"},
-        "adapter": {"type": "string", "enum": ["none"], "nullable": True},
-    },
-    {"domain": "news", "slates": [_EXAMPLE]},
-)
-EVENT_BODY = _body(
-    {
-        "events": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["user_id", "domain", "item"],
-                "properties": {
-                    "user_id": {"type": "string"},
-                    "domain": {"type": "string"},
-                    "item": _ITEM,
-                    "feedback": {"type": "number", "nullable": True},
-                    "timestamp": {"type": "number", "nullable": True},
-                    "event_id": {"type": "string", "nullable": True},
-                },
-            },
-        }
-    },
-    {"events": [{"user_id": "u1", "domain": "news", "item": _EXAMPLE["candidates"][0]}]},
-)
-VERSION_BODY = _body({"version": {"type": "string", "nullable": True}}, {"version": "0002"})
-RANK_ANSWER = {
-    "rankings": [
-        {
-            "slate_id": "0",
-            "domain": "news",
-            "version": "0001",
-            "item_ids": ["c", "b"],
-            "scores": [1.25, -0.5],
-            "explanation": None,
-        }
-    ]
-}
-
-
-def answers(example: Mapping[str, Any]) -> dict[int | str, dict[str, Any]]:
-    """Returns what OpenAPI says of a route's answers."""
-    error = {"error": {"type": "data", "message": "slate '0' has no candidates"}}
-    failure = {"content": {"application/json": {"example": error}}}
-    said = {400: "Malformed", 401: "No or a wrong token", 413: "Too large", 429: "Overloaded"}
-    said |= {503: "Shutting down, or a store is out of reach", 504: "Out of time"}
-    return {
-        200: {"content": {"application/json": {"example": dict(example)}}},
-        **{status: {"description": text, **failure} for status, text in said.items()},
-    }
+def _finite(record: Mapping[str, Any], key: str) -> float | None:
+    value = record.get(key)
+    if value is None:
+        return None
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            number = float(value)
+            if math.isfinite(number):  # JSON's 1e999 is not
+                return number
+    except OverflowError:
+        pass
+    raise ValueError(f"{key} must be a finite number or null")

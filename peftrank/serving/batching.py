@@ -1,204 +1,271 @@
-"""Continuous batching: requests of many clients are scored together, as they come.
+"""Continuous batching: slates of many requests share forward passes, within a budget of tokens.
 
-One thread scores. While it does, the queue fills; what waits then, up to a budget of tokens, is
-the next batch, whatever domains it mixes. Only an idle server waits, a few milliseconds, for
-company. It knows prepared slates and scores, no HTTP.
+One thread scores, in rounds. While a round runs the queue fills by itself, so a busy server never
+waits; the first request after an idle moment waits a few milliseconds for company. Slates leave the
+queue in the order they came. Knows slates only by their tokens, and neither HTTP nor domains.
 """
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass
 
 from peftrank.errors import PeftRankError
-from peftrank.ranker import Prepared, Ranker, Scores
-from peftrank.serving.metrics import Metrics
+from peftrank.ranker import Prepared, Scores
+from peftrank.serving.logs import log_exception
 
-_GUESSED_RATE = 1_000.0
-"""Tokens per second, until the first batch has been timed."""
+_RATE_ROUNDS = 32
+_LONGEST_RETRY = 60
 
 
 class OverloadedError(PeftRankError):
-    """The queue is full."""
+    """The queue is full; `retry_after_seconds` says when it may have room."""
 
-    def __init__(self, retry_after_seconds: float):
-        super().__init__(
-            f"the server has too much to do; try again in {retry_after_seconds:.0f} seconds"
-        )
+    def __init__(self, message: str, retry_after_seconds: int):
+        super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
 
 
+class TooLargeError(PeftRankError):
+    """A request that no state of the queue could take."""
+
+
 class StoppedError(PeftRankError):
-    """The server is shutting down."""
-
-    def __init__(self) -> None:
-        super().__init__("the server is shutting down; ask another one")
+    """The server takes no more work."""
 
 
-@dataclass(eq=False)
-class _Request:
-    prepared: Sequence[Prepared]
-    loop: asyncio.AbstractEventLoop
-    answer: asyncio.Future[list[Scores]]
-    scores: list[Scores | None] = field(default_factory=list)
-    given_up: bool = False
+@dataclass(frozen=True)
+class Round:
+    """What was scored at a time."""
+
+    slates: int
+    tokens: int
+    seconds: float
+    occupancy: float
+    """Tokens as a share of the budget."""
+    failures: int
+    """Tries that raised an error."""
+
+
+class Ticket:
+    """A request's slates in the queue. `future` gives their scores, or the error of one of them."""
+
+    def __init__(self, prepared: Sequence[Prepared]):
+        self.prepared = tuple(prepared)
+        self.tokens = sum(one.tokens for one in prepared)
+        self.future: Future[list[Scores]] = Future()
+        self._scores: dict[int, Scores] = {}
+
+    def put(self, place: int, scores: Scores) -> None:
+        """Keeps one slate's scores; the last one completes the future."""
+        self._scores[place] = scores
+        if len(self._scores) == len(self.prepared):
+            with contextlib.suppress(InvalidStateError):  # its request has just been given up
+                self.future.set_result([self._scores[i] for i in range(len(self.prepared))])
+
+    def fail(self, error: Exception) -> None:
+        """Gives the request up with an error."""
+        with contextlib.suppress(InvalidStateError):
+            self.future.set_exception(error)
+
+
+_Job = tuple[Ticket, int]
+"""A request, and the place of one of its slates."""
 
 
 class Batcher:
-    """The queue and the thread that scores. `start` it, `submit` to it, `stop` it."""
+    """The queue and the thread that scores what is in it."""
 
     def __init__(
         self,
-        ranker: Ranker,
-        metrics: Metrics,
+        score: Callable[[Sequence[Prepared]], Sequence[Scores]],
         *,
-        batch_tokens: int = 8192,
+        batch_tokens: int,
+        queue_tokens: int,
         max_wait_seconds: float = 0.005,
-        queue_tokens: int = 262_144,
+        longest_seconds: float = math.inf,
+        observe: Callable[[Round], None] = lambda done: None,
     ):
-        self._ranker, self._metrics = ranker, metrics
-        self._batch_tokens, self._queue_tokens = batch_tokens, queue_tokens
-        self._max_wait = max_wait_seconds
-        self._queue: deque[tuple[_Request, int]] = deque()  # a slate of a request
-        self._waiting = 0  # tokens of what is queued
-        self._rate = _GUESSED_RATE
-        self._changed = threading.Condition()
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="peftrank-scoring", daemon=True)
+        """Starts the thread.
 
-    def start(self) -> None:
-        """Starts scoring."""
+        Args:
+            score: Returns the scores of each prepared slate; called by one thread.
+            batch_tokens: Scored at a time; a single larger slate is scored alone.
+            queue_tokens: Tokens that may wait.
+            max_wait_seconds: How long the first request after an idle moment waits for others.
+            longest_seconds: Work that would wait longer than this, at the rate measured, is
+                refused: nobody would wait for its answer.
+            observe: Told of each round.
+        """
+        self._score_prepared = score
+        self._batch_tokens, self._queue_tokens = batch_tokens, queue_tokens
+        self._max_wait, self._longest = max_wait_seconds, longest_seconds
+        self._observe = observe
+        self._jobs: deque[_Job] = deque()
+        self._tokens = 0
+        self._changed = threading.Condition()
+        self._closing = False
+        self._rounds: deque[Round] = deque(maxlen=_RATE_ROUNDS)
+        self._running_tokens = 0
+        self._thread = threading.Thread(target=self._run, name="peftrank-score", daemon=True)
         self._thread.start()
 
-    def stop(self, timeout_seconds: float) -> None:
-        """Scores what is queued, refuses the rest, and ends the thread."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
-        if self._thread.ident is not None:
-            self._thread.join(timeout_seconds)
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that wait."""
+        return self._tokens
 
-    def check(self, tokens: int) -> None:
-        """Raises OverloadedError or StoppedError if that much cannot be taken now.
+    @property
+    def queued_slates(self) -> int:
+        """Slates that wait."""
+        return len(self._jobs)
 
-        A request larger than the whole queue is taken when nothing waits.
-        """
-        if self._stopping:
-            raise StoppedError
-        waiting = self._waiting
-        if waiting and waiting + tokens > self._queue_tokens:
-            raise OverloadedError(max(1.0, waiting / self._rate))
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs, as it should until `close`."""
+        return self._thread.is_alive()
 
-    async def submit(self, prepared: Sequence[Prepared]) -> list[Scores]:
-        """Returns the scores of each slate.
-
-        If the waiting task is cancelled, what has not begun is dropped.
+    def submit(self, prepared: Sequence[Prepared]) -> Ticket:
+        """Puts a request's slates into the queue.
 
         Raises:
-            OverloadedError: the queue is full.
-            StoppedError: the server is shutting down.
-            PeftRankError: the ranker's, for these slates.
+            OverloadedError: they have no room now.
+            TooLargeError: they never have.
+            StoppedError: after `close`.
         """
-        if not prepared:
-            return []
-        loop = asyncio.get_running_loop()
-        request = _Request(prepared, loop, loop.create_future(), [None] * len(prepared))
-        tokens = sum(one.tokens for one in prepared)
+        ticket = Ticket(prepared)
+        if ticket.tokens > self._queue_tokens:
+            raise TooLargeError(
+                f"the request has {ticket.tokens} tokens and the queue holds {self._queue_tokens}; "
+                "send fewer slates at a time"
+            )
         with self._changed:
-            self.check(tokens)
-            self._queue.extend((request, index) for index in range(len(prepared)))
-            self._count(tokens)
-            self._changed.notify_all()
-        try:
-            return await request.answer
-        except asyncio.CancelledError:
-            self._drop(request)
-            raise
+            if self._closing:
+                raise StoppedError("the server is stopping")
+            self._check_room(ticket.tokens)
+            self._jobs.extend((ticket, place) for place in range(len(ticket.prepared)))
+            self._tokens += ticket.tokens
+            self._changed.notify()
+        if not ticket.prepared:
+            ticket.future.set_result([])
+        return ticket
 
-    def _count(self, tokens: int) -> None:
-        self._waiting += tokens
-        self._metrics.queue_tokens.set(self._waiting)
-
-    def _drop(self, request: _Request) -> None:
+    def check_room(self) -> None:
+        """Raises OverloadedError if the queue could take no request at all; saves preparing one."""
         with self._changed:
-            request.given_up = True
-            kept = [entry for entry in self._queue if entry[0] is not request]
-            gone = [entry for entry in self._queue if entry[0] is request]
-            self._queue = deque(kept)
-            self._count(-sum(request.prepared[index].tokens for _, index in gone))
+            self._check_room(1)
+
+    def drop(self, ticket: Ticket) -> None:
+        """Takes a request's slates out of the queue, unless they are being scored."""
+        if not ticket.future.cancel() and ticket.future.exception() is None:
+            return  # all its slates are scored
+        with self._changed:
+            self._keep([job for job in self._jobs if job[0] is not ticket])
+
+    def close(self, timeout: float | None = None) -> None:
+        """Ends the thread after the round it is in; what waits fails with `StoppedError`."""
+        with self._changed:
+            self._closing = True
+            left = list(self._jobs)
+            self._keep([])
+            self._changed.notify()
+        for ticket, _ in left:
+            ticket.fail(StoppedError("the server is stopping"))
+        self._thread.join(timeout)
+
+    def _check_room(self, tokens: int) -> None:
+        waiting = self._tokens
+        if waiting + tokens > self._queue_tokens:
+            full = f"the queue is full: {waiting} of {self._queue_tokens} tokens wait"
+        # With an empty queue work is always taken, so a rate measured too low corrects itself.
+        elif waiting and (waiting + tokens) / self._rate() > self._longest:
+            full = f"{waiting} tokens wait, more than is scored before the request's time is over"
+        else:
+            return
+        busy = (waiting + self._running_tokens) / self._rate()
+        seconds = min(max(1, math.ceil(busy)), _LONGEST_RETRY)
+        raise OverloadedError(f"{full}. Try again in {seconds} s.", seconds)
+
+    def _rate(self) -> float:
+        """Returns tokens per second, of the latest passes; before the first, no limit."""
+        passes = list(self._rounds)
+        seconds = sum(done.seconds for done in passes)
+        return sum(done.tokens for done in passes) / seconds if seconds else math.inf
 
     def _run(self) -> None:
-        while (batch := self._next()) is not None:
-            self._score(batch)
+        while self._work():
+            pass
 
-    def _next(self) -> list[tuple[_Request, int]] | None:
-        """Waits for a batch and takes it off the queue; None when stopped and nothing waits."""
-        with self._changed:
-            if not self._queue:
-                self._changed.wait_for(lambda: self._queue or self._stopping)
-                deadline = time.monotonic() + self._max_wait
-                while self._waiting < self._batch_tokens and not self._stopping:
-                    left = deadline - time.monotonic()
-                    if left <= 0 or not self._changed.wait(left):
-                        break
-            batch: list[tuple[_Request, int]] = []
-            taken = 0
-            while self._queue:
-                request, index = self._queue[0]
-                tokens = request.prepared[index].tokens
-                if batch and taken + tokens > self._batch_tokens:
-                    break
-                batch.append(self._queue.popleft())
-                taken += tokens
-            self._count(-taken)
-            if not batch and not self._stopping:
-                return []  # all of it was given up meanwhile
-            return batch or None
-
-    def _score(self, batch: list[tuple[_Request, int]]) -> None:
-        if not batch:
-            return
+    def _work(self) -> bool:
+        """Scores what is next; False when the thread is to end."""
+        jobs = self._take()
+        if not jobs:
+            return False
+        tokens = self._running_tokens
         started = time.perf_counter()
-        prepared = [request.prepared[index] for request, index in batch]
-        try:
-            scores = self._ranker.score_prepared(prepared)
-        except Exception as error:  # whatever it is, it must not end the thread
-            self._fail(batch, error)
-            return
+        failures = self._score(jobs)
         seconds = time.perf_counter() - started
-        tokens = sum(one.tokens for one in prepared)
-        self._rate += 0.2 * (tokens / seconds - self._rate)
-        self._metrics.scoring.observe(seconds)
-        self._metrics.batch_slates.observe(len(batch))
-        self._metrics.occupancy.observe(min(1.0, tokens / self._batch_tokens))
-        self._metrics.tokens.inc(tokens)
-        for (request, index), values in zip(batch, scores, strict=True):
-            request.scores[index] = values
-        for request in {request: None for request, _ in batch}:
-            done = [values for values in request.scores if values is not None]
-            if len(done) == len(request.scores):
-                request.loop.call_soon_threadsafe(_answer, request.answer, done)
+        done = Round(len(jobs), tokens, seconds, tokens / self._batch_tokens, failures)
+        with self._changed:
+            self._running_tokens = 0
+            self._rounds.append(done)
+        self._observe(done)
+        return True
 
-    def _fail(self, batch: list[tuple[_Request, int]], error: Exception) -> None:
-        """Lets only the requests fail whose slates cause it: each is scored once more, alone."""
-        requests = list({request: None for request, _ in batch})
-        if len(requests) > 1:
-            for one in requests:
-                self._score([entry for entry in batch if entry[0] is one])
-            return
-        self._drop(requests[0])
-        requests[0].loop.call_soon_threadsafe(_refuse, requests[0].answer, error)
+    def _take(self) -> list[_Job]:
+        """Returns the next slates to score together; none when the thread is to end."""
+        with self._changed:
+            if not self._jobs:
+                self._changed.wait_for(lambda: self._jobs or self._closing)
+                self._changed.wait_for(
+                    lambda: self._tokens >= self._batch_tokens or self._closing, self._max_wait
+                )
+            while not self._jobs and not self._closing:  # its request was dropped meanwhile
+                self._changed.wait()
+            chosen: list[_Job] = []
+            tokens = 0
+            while self._jobs:
+                ticket, place = self._jobs[0]
+                size = ticket.prepared[place].tokens
+                if chosen and tokens + size > self._batch_tokens:
+                    break
+                chosen.append(self._jobs.popleft())
+                tokens += size
+            self._tokens -= tokens
+            self._running_tokens = tokens
+            return chosen
 
+    def _score(self, jobs: Sequence[_Job]) -> int:
+        """Scores slates and returns how many tries failed.
 
-def _answer(answer: asyncio.Future[list[Scores]], scores: list[Scores]) -> None:
-    if not answer.done():
-        answer.set_result(scores)
+        Where they fail together, halves of the requests are tried apart, so that only those whose
+        slates cause it fail.
+        """
+        jobs = [job for job in jobs if not job[0].future.done()]
+        if not jobs:
+            return 0
+        try:
+            scored = self._score_prepared([ticket.prepared[place] for ticket, place in jobs])
+            for (ticket, place), scores in zip(jobs, scored, strict=True):
+                ticket.put(place, scores)
+            return 0
+        except Exception as error:
+            tickets = list(dict.fromkeys(ticket for ticket, _ in jobs))
+            if len(tickets) == 1:
+                if not isinstance(error, PeftRankError):
+                    log_exception("scoring_failed", error, slates=len(jobs))
+                tickets[0].fail(error)
+                return 1
+        first = set(tickets[: len(tickets) // 2])
+        failures = self._score([job for job in jobs if job[0] in first])
+        return 1 + failures + self._score([job for job in jobs if job[0] not in first])
 
-
-def _refuse(answer: asyncio.Future[list[Scores]], error: Exception) -> None:
-    if not answer.done():
-        answer.set_exception(error)
+    def _keep(self, jobs: list[_Job]) -> None:
+        self._jobs = deque(jobs)
+        self._tokens = sum(ticket.prepared[place].tokens for ticket, place in jobs)

@@ -1,75 +1,119 @@
-"""What a server counts, in Prometheus' terms. One registry per app, so that tests do not share."""
+"""What a server counts, for Prometheus. Each application has a registry of its own.
+
+Labels are routes, statuses, and domains that were loaded: nothing a caller can invent.
+"""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
+
+if TYPE_CHECKING:
+    from peftrank.ranker import Ranker
+    from peftrank.serving.batching import Batcher, Round
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """The counters, each with its own meaning; `registry` is what /metrics shows."""
+    """The counters of one application."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        self.latency = Histogram(
-            "peftrank_request_seconds",
-            "Time from a request's arrival to its answer.",
-            ["route", "status"],
-            buckets=_SECONDS,
-            registry=registry,
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.requests = self._histogram(
+            "request_seconds", "From a request's arrival to its answer.", ("route", "status")
         )
-        self.errors = Counter(
-            "peftrank_errors", "Requests refused or failed.", ["type"], registry=registry
+        self.errors = self._counter("errors", "Requests refused or failed.", ("type",))
+        self.slates = self._counter("slates", "Slates ranked.", ("domain",))
+        self.events = self._counter("events", "Events stored.")
+        self.duplicates = self._counter("event_duplicates", "Events that were stored before.")
+        self.histories = self._counter(
+            "histories", "Stored histories read, by whether there was one.", ("found",)
         )
-        self.slates = Counter("peftrank_slates", "Slates ranked.", ["domain"], registry=registry)
-        self.tokens = Counter("peftrank_tokens", "Tokens scored.", registry=registry)
-        self.batch_slates = Histogram(
-            "peftrank_batch_slates",
-            "Slates scored together.",
-            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
-            registry=registry,
+        self.adapter_reads = self._counter(
+            "adapter_reads",
+            "Uses of an adapter, by where it was; beyond the device it is a cache miss.",
+            ("tier",),
         )
-        self.occupancy = Histogram(
-            "peftrank_batch_occupancy",
-            "Share of the token budget that a batch used.",
-            buckets=(0.1, 0.25, 0.5, 0.75, 0.9, 1.0),
-            registry=registry,
+        self.batch_seconds = self._histogram("batch_seconds", "Time to score a batch.")
+        self.batch_slates = self._histogram(
+            "batch_slates", "Slates scored together.", buckets=_COUNTS
         )
-        self.scoring = Histogram(
-            "peftrank_batch_seconds", "Time to score a batch.", buckets=_SECONDS, registry=registry
+        self.occupancy = self._histogram(
+            "batch_occupancy", "Share of the token budget that a batch used.", buckets=_SHARES
         )
-        self.queue_tokens = Gauge(
-            "peftrank_queue_tokens", "Tokens waiting to be scored.", registry=registry
+        self.tokens = self._counter("tokens", "Tokens scored.")
+        self.batch_failures = self._counter("batch_failures", "Tries to score that failed.")
+        self.swaps = self._counter(
+            "adapter_swaps", "Versions put into use, each in place of another or of none.",
+            ("domain",),
+        )  # fmt: skip
+        self.load_failures = self._counter(
+            "adapter_load_failures", "Versions that could not be loaded.", ("domain",)
         )
-        self.swaps = Counter(
-            "peftrank_adapter_swaps",
-            "Versions put into use, each in place of another or of none.",
-            ["domain"],
-            registry=registry,
+        self.stale = self._gauge(
+            "adapter_stale", "1 while the active version cannot be loaded.", ("domain",)
         )
-        self.load_failures = Counter(
-            "peftrank_adapter_load_failures",
-            "Versions that could not be loaded.",
-            ["domain"],
-            registry=registry,
+        self.watch_failures = self._counter(
+            "watch_failures", "Times the store could not be looked at."
         )
-        self.stale = Gauge(
-            "peftrank_adapter_stale",
-            "1 while the active version of a domain cannot be loaded and an older one serves.",
-            ["domain"],
-            registry=registry,
-        )
-        self.loaded = Gauge("peftrank_adapters_loaded", "Domains loaded.", registry=registry)
-        self.device_bytes = Gauge(
-            "peftrank_adapter_device_bytes",
-            "Adapter weights kept on the base's device.",
-            registry=registry,
-        )
-        self.events = Counter("peftrank_events", "Events stored.", registry=registry)
-        self.histories = Counter(
-            "peftrank_histories",
-            "Slates that brought no history, by whether the store had one.",
-            ["found"],
-            registry=registry,
-        )
+        self.ready = self._gauge("ready", "1 while requests are taken.")
+        self._queue = self._gauge("queue_tokens", "Tokens waiting to be scored.")
+        self._waiting = self._gauge("queue_slates", "Slates waiting to be scored.")
+        self._loaded = self._gauge("adapters_loaded", "Domains loaded.")
+        self._bytes = {
+            "base_bytes": self._gauge("base_bytes", "Weights of the base."),
+            "device_bytes": self._gauge(
+                "adapter_device_bytes", "Adapter weights kept on the base's device."
+            ),
+            "host_bytes": self._gauge(
+                "adapter_host_bytes", "Adapter weights kept in host memory beside them."
+            ),
+        }
+
+    def observe(self, done: Round) -> None:
+        """Counts what was scored together."""
+        self.batch_seconds.observe(done.seconds)
+        self.batch_slates.observe(done.slates)
+        self.occupancy.observe(done.occupancy)
+        self.tokens.inc(done.tokens)
+        self.batch_failures.inc(done.failures)
+
+    def look(self, ranker: Ranker, batcher: Batcher) -> None:
+        """Takes the state of these two, to show it next."""
+        self._loaded.set(len(ranker.domains))
+        for name, value in ranker.memory().items():
+            self._bytes[name].set(value)
+        self._queue.set(batcher.queued_tokens)
+        self._waiting.set(batcher.queued_slates)
+
+    def text(self) -> bytes:
+        """Returns all of it in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, help_: str, labels: Sequence[str] = ()) -> Counter:
+        return Counter(f"peftrank_{name}", help_, labels, registry=self.registry)
+
+    def _gauge(self, name: str, help_: str, labels: Sequence[str] = ()) -> Gauge:
+        return Gauge(f"peftrank_{name}", help_, labels, registry=self.registry)
+
+    def _histogram(
+        self,
+        name: str,
+        help_: str,
+        labels: Sequence[str] = (),
+        buckets: Sequence[float] = _SECONDS,
+    ) -> Histogram:
+        return Histogram(f"peftrank_{name}", help_, labels, registry=self.registry, buckets=buckets)

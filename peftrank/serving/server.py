@@ -1,28 +1,37 @@
-"""A server process: loads the base and the adapters, listens, and ends in good order."""
+"""A server process: listens, loads the base and the adapters, and ends in good order."""
 
 from __future__ import annotations
 
-import asyncio
-import json
+import functools
 import logging
+import math
 import socket
-import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-
-import uvicorn
+from typing import Any
 
 from peftrank import store as stores
 from peftrank.base import load_base
-from peftrank.errors import AdapterError, ConfigError, PeftRankError
+from peftrank.errors import AdapterError, ConfigError
 from peftrank.ranker import Ranker
-from peftrank.serving.app import Service, create_app
+from peftrank.serving.app import create_app
 from peftrank.serving.history import open_history
+from peftrank.serving.logs import log, set_up
+from peftrank.serving.service import Service
 from peftrank.serving.settings import ServeSettings
 
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-_log = logging.getLogger(__name__)
+try:
+    import uvicorn
+except ModuleNotFoundError as error:
+    raise ConfigError(
+        'the server needs uvicorn, which is not installed; run: pip install "peftrank[serve]"'
+    ) from error
+
+_KEEP_ALIVE_SECONDS = 75  # longer than usual load balancers keep an idle connection
+_LAST_SECONDS = 5
+"""For answers to leave, once nothing is under way or the grace is over."""
 
 
 def serve(
@@ -31,76 +40,98 @@ def serve(
     domains: Sequence[str] | None = None,
     base: str | None = None,
     quantization: str | None = None,
+    device: str = "auto",
     host: str = "127.0.0.1",
     port: int = 8000,
     history: str | None = "sqlite:///history.db",
     device_bytes: int | None = None,
+    host_bytes: int | None = 0,
+    log_level: str = "info",
     settings: ServeSettings | None = None,
 ) -> None:
-    """Serves until SIGTERM or SIGINT; requests in flight are answered first.
+    """Serves until SIGTERM or SIGINT; requests under way are answered first, then it returns.
+
+    The port answers at once; /readyz is 503 until the base and the adapters are loaded.
 
     Args:
         store: Where the adapters are.
         domains: Those to serve, all of which must load; None: all that have an active version and
-            fit the base, others are logged.
+            fit the base, also those that appear later. Others are logged.
         base: Absent: the base of the first domain's adapter.
         quantization: Absent: how that adapter's base was loaded.
+        device: Of the base.
         host: Address to listen at.
-        port: 0 for a free one.
+        port: 0 for a free one; the log says which.
         history: URL of the store of histories, see `open_history`; None: requests bring theirs.
-        device_bytes: Budget of adapter weights on the device.
+        device_bytes: Budget of adapter weights on the device; None: all.
+        host_bytes: Budget of those kept in host memory when they leave it; None: all.
+        log_level: debug, info, warning or error.
         settings: Limits and tokens.
 
     Raises:
         ConfigError: the store has nothing to serve, the history's URL names no store, or the
             address is taken.
-        AdapterError: a domain that was asked for cannot be loaded, or none can.
+        AdapterError: a domain that was asked for cannot be loaded.
         BaseModelError: the base cannot be loaded.
+        HistoryError: the history's file cannot be opened.
     """
     settings = settings or ServeSettings()
-    log_as_json()
+    set_up(log_level)
     listener = _listen(host, port)  # before anything that takes long
-    ranker = _ranker(store, domains, base, quantization, device_bytes)
-    kept = None if history is None else open_history(history)
-    app = create_app(
-        ranker, settings, history=kept, domains=None if domains is None else tuple(domains)
-    )
-    service: Service = app.state.service
-    failures = service.watcher.scan()
-    if failures and (domains is not None or not ranker.domains):
-        raise AdapterError(
-            "; ".join(f"{name}: {error}" for name, error in failures.items())
-        ) from next(iter(failures.values()))
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=int(settings.grace_seconds),
-    )
-    url = f"http://{host}:{listener.getsockname()[1]}"
-    _log.info("listening", extra={"url": url, "domains": list(ranker.domains)})
-    _Server(config, service).run(sockets=[listener])
-    ranker.close()
+    with listener:
+        trained = _wanted_base(store, domains, base, quantization)
+        kept = None if history is None else open_history(history)
+        make = functools.partial(
+            _load, trained, device=device, store=store, device_bytes=device_bytes,
+            host_bytes=host_bytes,
+        )  # fmt: skip
+        app = create_app(make, settings, history=kept, domains=domains)
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=_LAST_SECONDS,
+        )
+        shown = f"[{host}]" if ":" in host else host
+        log(logging.INFO, "listening", url=f"http://{shown}:{listener.getsockname()[1]}")
+        service: Service = app.state.service
+        _Server(config, service).run(sockets=[listener])
+    if service.failure is not None:
+        raise service.failure
+    log(logging.INFO, "stopped")
 
 
 class _Server(uvicorn.Server):
-    """On a signal, says that it is leaving for a moment before it closes the port."""
+    """Ends when what is under way is done, not at the signal; and then in good order, status 0."""
 
     def __init__(self, config: uvicorn.Config, service: Service):
         super().__init__(config)
         self._service = service
+        self._earliest, self._latest = math.inf, math.inf
+        service.on_failure = self._leave
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._service.draining:  # a second signal: at once
-            super().handle_exit(sig, frame)
+        """Begins to stop; uvicorn calls it on SIGTERM and SIGINT. The second time: at once."""
+        if self._service.state == "stopping":
+            self._latest = 0.0
             return
-        self._service.draining = True
-        _log.info("shutting down")
-        asyncio.get_running_loop().call_later(self._service.settings.drain_seconds, self._leave)
+        self._service.drain()
+        now, settings = time.monotonic(), self._service.settings
+        self._earliest = now + settings.drain_seconds
+        self._latest = now + settings.drain_seconds + settings.grace_seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        """Returns whether to end; uvicorn calls it ten times a second."""
+        now = time.monotonic()
+        done = now >= self._earliest and not self._service.requests
+        if done or now >= self._latest:
+            self._leave()
+        return await super().on_tick(counter)
 
     def _leave(self) -> None:
-        self.should_exit = True  # and not as killed by the signal: it ends in good order
+        self.should_exit = True
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -113,64 +144,43 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def log_as_json() -> None:
-    """Makes this package's log lines JSON objects on stderr."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonLines())
-    logger = logging.getLogger("peftrank.serving")
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
+def _wanted_base(
+    store: Path, domains: Sequence[str] | None, base: str | None, quantization: str | None
+) -> dict[str, Any]:
+    """Returns what `load_base` is told: the base asked for, else that of the first sound adapter.
 
-
-class _JsonLines(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname.lower(),
-            "event": record.getMessage(),
-            **{key: value for key, value in vars(record).items() if key not in _STANDARD},
-        }
-        if record.exc_info and record.exc_info[0] is not None:
-            # Only where it failed and of what kind: messages may hold what users sent.
-            line["exception"] = record.exc_info[0].__name__
-            trace = record.exc_info[2]
-            while trace is not None and trace.tb_next is not None:
-                trace = trace.tb_next
-            if trace is not None:
-                code = trace.tb_frame.f_code
-                line["where"] = f"{Path(code.co_filename).name}:{trace.tb_lineno} {code.co_name}"
-        return json.dumps({key: value for key, value in line.items() if value is not None})
-
-
-def _ranker(
-    store: Path,
-    domains: Sequence[str] | None,
-    base: str | None,
-    quantization: str | None,
-    device_bytes: int | None,
-) -> Ranker:
-    named = list(domains) if domains is not None else list(stores.domains(store))
-    if not named:
-        raise ConfigError(
-            f"the store {store} has no adapter to serve; make one with peftrank train, or name "
-            "another with --store"
-        )
-    wanted: dict[str, object] = {}
-    trained: PeftRankError | dict[str, object] | None = None
-    for name in named:
+    Raises:
+        ConfigError: neither.
+        AdapterError: a domain that was asked for has no sound active version.
+    """
+    wanted: dict[str, Any] = {}
+    for domain in stores.domains(store) if domains is None else domains:
         try:
-            trained = stores.load_adapter(stores.resolve(name, store)).manifest["base"]
-            break
-        except AdapterError as error:
+            trained = stores.load_adapter(stores.resolve(domain, store)).manifest["base"]
+        except AdapterError:
             if domains is not None:
                 raise
-            trained = error
-    if isinstance(trained, dict):
-        wanted = {k: trained[k] for k in ("name", "quantization", "double_quant", "revision")}
-    if base is not None:
+            continue  # the watcher raises its alarm
+        wanted = {key: trained[key] for key in ("name", "quantization", "double_quant", "revision")}
+        break
+    if base is not None and base != wanted.get("name"):
         wanted = {"name": base}
-    if quantization is not None:
-        wanted["quantization"] = quantization
-    if "name" not in wanted:
-        raise AdapterError(f"no adapter in {store} can be loaded: {trained}")
-    return Ranker(load_base(**wanted), store=store, device_bytes=device_bytes)  # type: ignore[arg-type]
+    if not wanted:
+        raise ConfigError(
+            f"the store {store} has no sound active adapter that tells the base; make one with "
+            "peftrank train, name another store with --store, or a base with --base"
+        )
+    return wanted if quantization is None else {**wanted, "quantization": quantization}
+
+
+def _load(
+    wanted: dict[str, Any],
+    *,
+    device: str,
+    store: Path,
+    device_bytes: int | None,
+    host_bytes: int | None,
+) -> Ranker:
+    log(logging.INFO, "loading_base", base=wanted["name"])
+    base = load_base(**wanted, device=device)
+    return Ranker(base, store=store, device_bytes=device_bytes, host_bytes=host_bytes)
