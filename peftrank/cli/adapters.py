@@ -88,6 +88,50 @@ def diff(first: Source, second: Source, store: options.Store = STORE) -> None:
 
 
 @app.command()
+def export(
+    source: Source,
+    output: Annotated[Path, typer.Argument(help="A new folder.")],
+    store: options.Store = STORE,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write base and adapter as one unquantized model.")
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option(help="Of merged weights: float32, bfloat16 or float16.")
+    ] = "float32",
+    data: options.Data = None,
+    limit: Annotated[int, typer.Option(help="Test slates to measure the drift on.", min=1)] = 50,
+    base: Annotated[str | None, typer.Option(help="Absent: the base it was trained on.")] = None,
+) -> None:
+    """Write an adapter for other tools: PEFT's files, or with --merge a whole model."""
+    from peftrank.store import load_adapter, resolve
+
+    folder = resolve(source, store)
+    manifest = load_adapter(folder).manifest
+    if not merge:
+        from peftrank.export import copy
+
+        copy(folder, output)
+        typer.echo(f"{output}: PEFT's files, and the readout's weights beside them")
+        return
+    from peftrank.base import load_base
+    from peftrank.cli.settings import settings_of, slates_of
+    from peftrank.export import check_mergeable
+    from peftrank.export import merge as merged
+
+    check_mergeable(folder)  # before the base is loaded, which takes longer
+    name = base or manifest["base"]["name"]
+    slates = slates_of(settings_of(domain=manifest["domain"], data=data), "test")[:limit]
+    revision = None if base else manifest["base"]["revision"]
+    loaded = load_base(name, quantization="none", compute_dtype="float32", revision=revision)
+    drift = merged(folder, output, base=loaded, slates=slates, dtype=dtype)
+    typer.echo(
+        f"{output}: merged in {dtype}. On {drift.slates} slates scores differ by at most "
+        f"{drift.largest:.2g} (they spread by {drift.spread:.2g}); Kendall's tau "
+        f"{drift.kendall_tau:.4f}; another best candidate on {drift.top_changed}"
+    )
+
+
+@app.command()
 def push(
     source: Source,
     repo: Annotated[str, typer.Argument(metavar="USER/REPO", help="On the Hugging Face Hub.")],
