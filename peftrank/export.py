@@ -20,6 +20,7 @@ import torch
 from scipy.stats import kendalltau
 
 from peftrank import __version__, _folder, plugins, store
+from peftrank._checkpoints import quiet_loading
 from peftrank.base import Base, load_base
 from peftrank.errors import AdapterError, ConfigError, DataError
 from peftrank.files import publish_folder, temporary_folder
@@ -120,7 +121,8 @@ def merge(
     )
     try:
         with temporary_folder(output.parent) as temporary:
-            merged.to(getattr(torch, dtype)).save_pretrained(temporary)
+            with quiet_loading():
+                merged.to(getattr(torch, dtype)).save_pretrained(temporary)
             base.tokenizer.save_pretrained(temporary)
             shutil.copyfile(folder / "readout.safetensors", temporary / "readout.safetensors")
             drift = _drift(scores, _read_back(temporary, files.manifest, slates), slates)
