@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -222,17 +221,20 @@ SAYS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAYS)
-def test_each_example_runs_as_it_stands_in_two_minutes(name, tmp_path):
+def test_each_example_runs_as_it_stands(name, tmp_path):
     beside_python = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{beside_python}:{os.environ['PATH']}"}
     environment["PORT"] = free_port()
     for variable in ("BASE", "REPO"):
         environment.pop(variable, None)
     program = sys.executable if name.endswith(".py") else BASH
-    start = time.monotonic()
     ran = subprocess.run(
-        [program, EXAMPLES / name], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [program, EXAMPLES / name],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,  # about 30 s on a quiet machine
     )
     assert ran.returncode == 0, ran.stderr
     assert re.search(SAYS[name], ran.stdout, flags=re.MULTILINE), ran.stdout
-    assert time.monotonic() - start < 120
