@@ -155,6 +155,7 @@ def test_a_lost_or_cut_shard_is_ranked_again(job, expected, tmp_path):
     assert ranked(folder) == expected
 
 
+@pytest.mark.slow
 def test_a_job_killed_with_its_workers_goes_on(cli, job, slates, place, workplace):
     """The real command, killed with SIGKILL while both of its processes rank."""
     many = [dataclasses.replace(s, slate_id=f"{n}-{s.slate_id}") for n in range(20) for s in slates]

@@ -11,17 +11,18 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from peftrank.errors import ConfigError, PeftRankError
-from peftrank.serving.bulk import Job, Part, Worker, WorkerError, stopped
+from peftrank.files import TEMPORARY
+from peftrank.serving.bulk import Job, Part, Worker, WorkerError, shard_name, stopped
 
 _OBJECT_STORE_BYTES = 200_000_000
 """Of a Ray that is started here; it holds numbers only."""
-_RETRIES = 3
-"""How often a shard is tried again after its actor died."""
+_TRIES = 3
 
 
 def on_ray(
@@ -30,7 +31,7 @@ def on_ray(
     """Ranks shards with Ray Data; an engine for `bulk.run`.
 
     Joins the cluster that RAY_ADDRESS names, or the Ray that runs in this process. Else it starts
-    a Ray on this machine and ends it. The base is loaded once per actor.
+    a Ray on this machine and ends it. An actor that dies is replaced, and its shard ranked again.
 
     Args:
         job: The job.
@@ -40,15 +41,11 @@ def on_ray(
 
     Raises:
         ConfigError: Ray is not installed, or cannot be reached.
-        WorkerError: a shard's actor died again and again, or Ray did.
+        WorkerError: actors died of one shard several times, or Ray did.
     """
-    _quiet()
-    try:
-        import ray
-    except ImportError as error:
-        raise ConfigError(
-            "--engine ray needs Ray, which is not installed: pip install 'peftrank[ray]'"
-        ) from error
+    ray = _ray()
+    for shard in todo:
+        _tries(job, shard).unlink(missing_ok=True)
     with _running(workers):
         gpus = int(ray.cluster_resources().get("GPU", 0))
         cpus = int(ray.cluster_resources().get("CPU", 1))
@@ -61,8 +58,6 @@ def on_ray(
             batch_format="numpy",
             compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
             **({"num_gpus": 1} if gpus else {"num_cpus": max(1, cpus // workers)}),
-            max_restarts=_RETRIES,
-            max_task_retries=_RETRIES,
         )
         try:
             for row in ranked.iter_rows():
@@ -75,21 +70,58 @@ def on_ray(
 
 
 class _Actor:
-    """A worker in an actor. An error of ours is a result: Ray would try it again, and wrap it."""
+    """A worker in an actor."""
 
     def __init__(self, job: Job, parts: Sequence[Part]) -> None:
         self._job, self._parts = job, parts
         self._worker: Worker | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Ranks one shard; an error of ours is a result, which Ray neither wraps nor repeats."""
         failure = None
         try:
-            self._worker = self._worker or Worker(self._job, self._parts)
-            for shard in batch["shard"].tolist():
-                self._worker.rank(shard)
+            self._rank(int(batch["shard"][0]))
         except (PeftRankError, OSError) as error:
             failure = error
         return {"shard": batch["shard"], "failure": np.array([failure], dtype=object)}
+
+    def _rank(self, shard: int) -> None:
+        # Ray replaces dead actors without end; one shard that takes all memory would kill them all.
+        tries = _tries(self._job, shard)
+        with tries.open("ab") as file:
+            if file.tell() == _TRIES:
+                raise WorkerError(
+                    stopped(
+                        f"{_TRIES} actors died, one after another, while they ranked "
+                        f"{shard_name(shard)}; if nobody killed them, memory ran out: use fewer "
+                        "--workers"
+                    )
+                )
+            file.write(b"x")
+        self._worker = self._worker or Worker(self._job, self._parts)
+        self._worker.rank(shard)
+        tries.unlink(missing_ok=True)
+
+
+def _tries(job: Job, shard: int) -> Path:
+    """Returns the file that has as many bytes as attempts at the shard were begun."""
+    return job.output / f"{TEMPORARY}tries-{shard}"
+
+
+def _ray() -> Any:  # noqa: ANN401 - the module
+    """Returns Ray, told to say nothing to its makers and nothing but errors here."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ConfigError(
+            "--engine ray needs Ray, which is not installed: pip install 'peftrank[ray]'"
+        ) from error
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    return ray
 
 
 @contextlib.contextmanager
@@ -117,10 +149,3 @@ def _running(workers: int | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def _quiet() -> None:
-    """Keeps Ray from reporting to its makers and from writing to the terminal."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
