@@ -89,6 +89,7 @@ def serve(
         config = uvicorn.Config(
             app,
             log_config=None,
+            ws="none",
             access_log=False,
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
