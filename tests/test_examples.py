@@ -98,18 +98,9 @@ def test_each_example_is_short_and_has_a_line_in_the_readme():
         assert len(lines) < 60, name
 
 
-def test_train_on_csv(run_python, cli, monkeypatch):
-    def in_this_process(command, check):
-        assert command[1:3] == ["-m", "peftrank"]
-        result = cli(*command[3:])
-        assert result.code == 0, result.err
-        said.append(result.out)
-
-    said = []
-    monkeypatch.setattr(subprocess, "run", in_this_process)
-    monkeypatch.setattr(sys, "argv", ["train_on_csv.py"])
-    run_python("train_on_csv.py")
-    assert "100 slates" in said[-1]
+def test_train_on_csv(commands_of, run_commands):
+    said = run_commands(commands_of("train_on_csv.sh"))
+    assert "100 slates" in said
     assert store.active(Path(".demo/csv/adapters"), "ecommerce") == "0001"
 
 
@@ -214,7 +205,7 @@ SAYS = {
     "multi_gpu.sh": r"^2 processes\n(.*\n)*saved and activated \S+/0001 ",
     "push_and_pull.sh": r"nothing was uploaded",
     "serve_and_call.py": r"^ada .*\n  Central bank.*\n(.*\n)*bob .*\n  Cup final",
-    "train_on_csv.py": r"adapter +│ 0\.",
+    "train_on_csv.sh": r"adapter +│ 0\.",
     "two_domains.py": r"ecommerce: adapter",
 }
 

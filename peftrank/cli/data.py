@@ -26,7 +26,8 @@ def prepare_command(
     format_: Annotated[
         str,
         typer.Option(
-            "--format", help="mind, recbole, amazon, movielens, microlens, lastfm, lists, slates."
+            "--format",
+            help="csv, mind, recbole, amazon, movielens, microlens, lastfm, lists, slates.",
         ),
     ],
     domain: options.Domain = None,
