@@ -15,9 +15,7 @@ from peftrank.serving.batching import Batcher, OverloadedError, StoppedError, To
 
 
 def slates(*sizes, name="s"):
-    return [
-        SimpleNamespace(tokens=size, name=f"{name}{place}") for place, size in enumerate(sizes)
-    ]
+    return [SimpleNamespace(tokens=size, name=f"{name}{place}") for place, size in enumerate(sizes)]
 
 
 class Scorer:
