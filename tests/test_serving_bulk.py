@@ -146,6 +146,14 @@ def test_a_stopped_job_goes_on_and_keeps_what_it_had(job, expected, tmp_path):
     assert bulk.run(into(job, folder), stop_after(0)).kept == 7  # no engine is asked
 
 
+def test_an_engine_that_forgets_a_shard_is_caught(job, tmp_path):
+    def forgetful(job, parts, todo, workers):
+        yield from bulk.local(job, parts, todo[:-1], 1)
+
+    with pytest.raises(bulk.WorkerError, match="1 of 7 shards were not ranked"):
+        bulk.run(into(job, tmp_path / "ranked"), forgetful)
+
+
 def test_a_lost_or_cut_shard_is_ranked_again(job, expected, tmp_path):
     folder = tmp_path / "ranked"
     bulk.run(into(job, folder), workers=1)
@@ -195,6 +203,7 @@ def test_a_worker_that_is_killed_ends_the_job_with_what_to_do(job, expected, tmp
     assert ranked(folder) == expected
 
 
+@pytest.mark.slow
 def test_an_error_of_a_worker_process_is_the_job_s(job, tmp_path):
     def put_in_the_way(done, total):
         (tmp_path / "ranked/part-000005.parquet").mkdir(exist_ok=True)

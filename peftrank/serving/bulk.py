@@ -21,7 +21,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -153,17 +153,26 @@ def run(
         WorkerError: a worker has died. What is finished is kept.
         OSError: the disk refuses. What is finished is kept.
     """
+    job = replace(
+        job, output=job.output.absolute(), items=None if job.items is None else job.items.absolute()
+    )
     parts = _begin(job)
     total = sum(part.slates for part in parts)
     shards = range(-(-total // job.shard_slates))
     sizes = [min(job.shard_slates, total - shard * job.shard_slates) for shard in shards]
-    todo = [s for s in shards if not _is_whole(job.output / shard_name(s), sizes[s])]
+
+    def missing() -> list[int]:
+        return [s for s in shards if not _is_whole(job.output / shard_name(s), sizes[s])]
+
+    todo = missing()
     done = total - sum(sizes[shard] for shard in todo)
     progress(done, total)
     if todo:
         for shard in (engine or local)(job, parts, todo, workers):
             done += sizes[shard]
             progress(done, total)
+        if left := missing():
+            raise WorkerError(stopped(f"{len(left)} of {len(shards)} shards were not ranked"))
     for leftover in job.output.glob(f"{TEMPORARY}*"):  # of workers that were killed
         leftover.unlink(missing_ok=True)
     return Done(total, len(shards), len(shards) - len(todo))
