@@ -138,7 +138,7 @@ def test_work_that_would_come_too_late_is_refused_but_never_by_an_empty_queue(st
 
 
 def test_a_request_larger_than_the_queue_is_told_so(start):
-    with pytest.raises(TooLargeError, match="1001 tokens and the queue holds 1000"):
+    with pytest.raises(TooLargeError, match="1001 tokens or more and the queue holds 1000"):
         start(Scorer()).submit(slates(1000, 1))
 
 

@@ -213,7 +213,6 @@ class _Edge:
                 message["headers"] = [*message["headers"], *_HEADERS]
             await send(message)
 
-        self._service.requests += 1
         try:
             await self._answer(scope, receive, send_on)
         except ClientDisconnect:
@@ -224,19 +223,28 @@ class _Edge:
                 raise
             await _error(scope, 500, "internal", _FAULT)(scope, receive, send_on)
         finally:
-            self._service.requests -= 1
             self._note(scope, status, time.perf_counter() - started)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        seconds = self._service.settings.timeout_seconds
+        seconds, under_way = self._service.settings.timeout_seconds, self._service.under_way
+        refusal: Response
         try:
-            async with asyncio.timeout(seconds):
-                await self._app(scope, receive, send)
+            async with asyncio.timeout(seconds) as limit:
+                under_way.add(limit)
+                try:
+                    await self._app(scope, receive, send)
+                finally:
+                    under_way.remove(limit)
+            return
         except TimeoutError:
-            message = f"the request took longer than {seconds:g} s and was given up"
-            await _error(scope, 504, "timeout", message)(scope, receive, send)
+            if self._service.state == "stopping":
+                refusal = _refusal(scope, StoppedError("the server is shutting down"))
+            else:
+                message = f"the request took longer than {seconds:g} s and was given up"
+                refusal = _error(scope, 504, "timeout", message)
         except PeftRankError as error:
-            await _refusal(scope, error)(scope, receive, send)
+            refusal = _refusal(scope, error)
+        await refusal(scope, receive, send)
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         route, kind = _route(scope), scope.get(_ERROR)

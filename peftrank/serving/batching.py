@@ -140,11 +140,7 @@ class Batcher:
             StoppedError: after `close`.
         """
         ticket = Ticket(prepared)
-        if ticket.tokens > self._queue_tokens:
-            raise TooLargeError(
-                f"the request has {ticket.tokens} tokens and the queue holds {self._queue_tokens}; "
-                "send fewer slates at a time"
-            )
+        self.check_size(ticket.tokens)
         with self._changed:
             if self._closing:
                 raise StoppedError("the server is stopping")
@@ -160,6 +156,14 @@ class Batcher:
         """Raises OverloadedError if the queue could take no request at all; saves preparing one."""
         with self._changed:
             self._check_room(1)
+
+    def check_size(self, tokens: int) -> None:
+        """Raises TooLargeError if a request of so many tokens can never be taken."""
+        if tokens > self._queue_tokens:
+            raise TooLargeError(
+                f"the request has {tokens} tokens or more and the queue holds "
+                f"{self._queue_tokens}; send fewer slates at a time"
+            )
 
     def drop(self, ticket: Ticket) -> None:
         """Takes a request's slates out of the queue, unless they are being scored."""

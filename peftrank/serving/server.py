@@ -31,7 +31,7 @@ except ModuleNotFoundError as error:
 
 _KEEP_ALIVE_SECONDS = 75  # longer than usual load balancers keep an idle connection
 _LAST_SECONDS = 5
-"""For answers to leave, once nothing is under way or the grace is over."""
+"""For the last answers to leave."""
 
 
 def serve(
@@ -116,7 +116,7 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begins to stop; uvicorn calls it on SIGTERM and SIGINT. The second time: at once."""
         if self._service.state == "stopping":
-            self._latest = 0.0
+            self._earliest = self._latest = time.monotonic()
             return
         self._service.drain()
         now, settings = time.monotonic(), self._service.settings
@@ -125,9 +125,10 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Returns whether to end; uvicorn calls it ten times a second."""
-        now = time.monotonic()
-        done = now >= self._earliest and not self._service.requests
-        if done or now >= self._latest:
+        now, under_way = time.monotonic(), bool(self._service.under_way)
+        if under_way and now >= self._latest:
+            self._service.give_up()
+        if now >= self._latest + _LAST_SECONDS or (now >= self._earliest and not under_way):
             self._leave()
         return await super().on_tick(counter)
 

@@ -71,8 +71,8 @@ class Service:
         self.failure: Exception | None = None
         """Why it could not start."""
         self.on_failure: Callable[[], None] = lambda: None
-        self.requests = 0
-        """Under way."""
+        self.under_way: set[asyncio.Timeout] = set()
+        """Requests, each by the limit of its time."""
         self._made, self._history, self._domains = ranker, history, domains
         self._loading: asyncio.Task[None] | None = None
         self._parts: _Parts | None = None
@@ -92,6 +92,11 @@ class Service:
         self.metrics.ready.set(0)
         log(logging.INFO, "stopping")
 
+    def give_up(self) -> None:
+        """Ends the time of the requests under way; they are answered that the server stops."""
+        for limit in self.under_way:
+            limit.reschedule(asyncio.get_running_loop().time())
+
     async def stop(self) -> None:
         """Ends all threads; what still waits fails with StoppedError."""
         self.state = "stopping"
@@ -107,8 +112,8 @@ class Service:
             raise StartingError("the server could not start; its log says why")
         if self.state == "starting":
             raise StartingError("the server is loading its base and adapters")
-        if self.requests > self.settings.max_requests:
-            message = f"{self.requests - 1} requests are under way. Try again in 1 s."
+        if len(self.under_way) > self.settings.max_requests:
+            message = f"{len(self.under_way) - 1} requests are under way. Try again in 1 s."
             raise OverloadedError(message, 1)
 
     @property
