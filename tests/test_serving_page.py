@@ -69,12 +69,12 @@ def chromium():
 
 
 @contextlib.contextmanager
-def served(ranker, **settings):
+def served(ranker, *, history=None, **settings):
     """The address of the app, serving in a thread."""
     from peftrank.serving.app import create_app
     from peftrank.serving.settings import ServeSettings
 
-    app = create_app(ranker, ServeSettings(watch_seconds=0, **settings))
+    app = create_app(ranker, ServeSettings(watch_seconds=0, **settings), history=history)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -426,6 +426,84 @@ def test_a_server_that_is_gone_is_said_to_be(visit, site):
     assert "does not answer" in page.get_by_role("alert").inner_text()
 
 
+def test_the_token_of_a_guarded_server_is_asked_for_and_kept_in_the_tab(visit, ranker):
+    with served(ranker, token="s3cret") as address:
+        page = visit(address, ready="#token-form:not([hidden])")
+        assert page.evaluate("document.activeElement.id") == "token"
+        page.get_by_label("Token", exact=True).fill("wrong")
+        page.keyboard.press("Enter")
+        assert "did not take" in page.get_by_role("alert").inner_text()
+        page.get_by_label("Token", exact=True).fill("s3cret")
+        page.get_by_role("button", name="Use it").click()
+        page.locator("#rankings tbody tr").first.wait_for()
+        rank(page)
+        assert "$PEFTRANK_TOKEN" in page.locator("#command").text_content()
+        assert "s3cret" not in page.content()
+        page.reload()
+        page.locator("#rankings tbody tr").first.wait_for()
+        assert page.evaluate("Object.keys(localStorage).length + document.cookie.length") == 0
+        page.get_by_role("button", name="Forget the token").click()
+        page.locator("#token-form").wait_for()
+        assert page.evaluate("sessionStorage.length") == 0
+        assert page.locator("#work").is_hidden()
+
+
+def test_a_slate_without_a_history_is_explained_by_the_stored_one(visit, ranker):
+    from peftrank.serving.history import Event, open_history
+    from peftrank.types import Item
+
+    history = open_history("sqlite://")
+    items = [Item(f"seen-{n}", {"title": title}) for n, title in enumerate(("amber", "zephyr"))]
+    history.append(
+        [Event("u7", "news", item, None, float(t), None) for t, item in enumerate(items)]
+    )
+    with served(ranker, history=history) as address:
+        page = visit(address)
+        page.get_by_label("Domain").select_option("news")
+        candidates = [{"item_id": c, "fields": {"title": f"{c} river"}} for c in "ab"]
+        source(page, "JSON")
+        text = json.dumps({"user_id": "u7", "candidates": candidates})
+        page.get_by_label("Slate as JSON").fill(text)
+        assert "Stored on the server" in page.locator("#history-hint").inner_text()
+        rank(page)
+        page.locator("input[name=candidate-1]").first.check()
+        page.locator("td.effect").first.wait_for()
+        assert page.locator("#history .title").all_inner_texts() == ["seen-0", "seen-1"]
+
+
+def test_an_item_too_old_to_be_read_is_said_not_to_be(visit, site):
+    page = visit(site)
+    page.get_by_label("Domain").select_option("news")
+    paste(page, [f"amber {n}" for n in range(25)], ["castle", "zephyr"])
+    rank(page)
+    page.locator("input[name=candidate-1]").first.check()
+    page.locator("td.effect").first.wait_for()
+    left_out = page.locator("#history td", has_text="not read").count()
+    assert left_out > 0
+    assert page.locator("td.effect").count() == 25 - left_out
+    assert "not read" in page.locator("#history tbody tr").first.inner_text()
+
+
+def test_titles_become_the_field_that_the_prompt_reads(visit, site):
+    def handle(route):
+        value = route.fetch().json()
+        for adapter in value["adapters"]:
+            adapter["fields"] = ["about"] if adapter["domain"] == "video" else ["title"]
+        route.fulfill(json=value)
+
+    page = visit(site, routes={"**/v1/adapters": handle})
+    page.get_by_label("Domain").select_option("news")
+    paste(page, ["amber"], ["castle", "zephyr"])
+    page.get_by_role("radio", name="another adapter").check()
+    page.get_by_label("The other adapter").select_option("video")
+    sent = bodies(page)
+    rank(page)
+    fields = {body["domain"]: body["slate"]["candidates"][0]["fields"] for body in sent}
+    assert fields["news"] == {"title": "castle"}
+    assert fields["video"] == {"title": "castle", "about": "castle"}
+    assert "given the title as about" in page.locator("#rankings caption").nth(1).inner_text()
+
+
 def test_a_server_without_adapters_says_how_to_get_one(visit, site):
     none = answer(200, {"base": {"name": "tiny"}, "adapters": []})
     page = visit(site, routes={"**/v1/adapters": none}, ready="#notice:not([hidden])")
@@ -464,7 +542,7 @@ def test_every_stop_of_the_tab_key_is_seen_and_the_keyboard_alone_ranks_and_expl
 
     forward = [
         "Skip to the result",
-        "OpenAPI",
+        "API",
         "Metrics",
         "domain",
         "source",
@@ -594,6 +672,17 @@ def test_the_curl_command_asks_what_the_page_asked(visit, site):
     ran = subprocess.run(["bash", "-c", f"{command} --silent"], capture_output=True, check=True)
     [ranking] = json.loads(ran.stdout)["rankings"]
     assert ranking["item_ids"] == [row["id"] for row in rows(page, 1)]
+
+
+def test_the_server_forbids_the_page_foreign_and_inline_code(visit, site):
+    page = visit(site)
+    answered = page.request.get(site)
+    assert "default-src 'self'" in answered.headers["content-security-policy"]
+    for file in PAGE.iterdir():
+        if file.name != "index.html":
+            assert page.request.get(f"{site}page/{file.name}").ok
+    page.get_by_role("link", name="API").click()
+    page.get_by_role("heading", name="API", exact=True).wait_for()
 
 
 def test_the_page_has_no_inline_code_and_names_no_other_host():

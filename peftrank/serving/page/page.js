@@ -244,7 +244,7 @@ async function rank() {
     column.version = ranking.version;
   });
   const refused = columns.find((column) => column.error?.type === "auth");
-  if (refused) return askToken(refused.error.message);
+  if (refused) return askToken();
   const failed = columns.every((column) => column.error);
   Object.assign(state, { columns: failed ? [] : columns, chosen: null });
   if (failed) show("error", columns.at(-1).error.message);
@@ -288,7 +288,7 @@ async function choose(id) {
           column.explanation = explanationFor(column, answer.rankings[0]);
         } catch (error) {
           if (signal.aborted) return;
-          if (error.type === "auth") askToken(error.message);
+          if (error.type === "auth") askToken();
           column.explanation = { error: error.message };
         }
         if (!signal.aborted) drawHistory();
@@ -739,7 +739,7 @@ async function loadSamples(domain) {
     state.samples.set(domain, slates);
     return "";
   } catch (error) {
-    if (error.type === "auth") askToken(error.message);
+    if (error.type === "auth") askToken();
     return error.status === 404
       ? "This domain has no sample; paste titles or JSON."
       : error.message;
@@ -769,8 +769,10 @@ function fillFromSample() {
 
 // --- starting --------------------------------------------------------------------------------
 
-function askToken(message) {
-  $("token-message").textContent = message;
+/** Shows the form for the token; `message` stands for why, where the title does not say it. */
+function askToken(message = token() ? "The server did not take the token it was given." : "") {
+  show("token-message", message);
+  keepToken(null);
   $("token-form").hidden = false;
   $("forget").hidden = true;
   $("work").hidden = true;
@@ -798,7 +800,7 @@ async function start() {
   try {
     listed = await call("v1/adapters");
   } catch (error) {
-    if (error.type === "auth") return askToken(error.message);
+    if (error.type === "auth") return askToken();
     return show("notice", error.message);
   }
   const { base } = listed;
@@ -840,7 +842,6 @@ $("token-form").addEventListener("submit", (event) => {
   start();
 });
 $("forget").addEventListener("click", () => {
-  keepToken(null);
   askToken("The token is forgotten.");
 });
 start();
