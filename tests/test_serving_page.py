@@ -257,6 +257,7 @@ def test_labels_of_a_pasted_slate_are_shown_and_not_sent(visit, site):
     assert "no history" in page.locator("#history-hint").inner_text()
 
 
+@pytest.mark.slow
 def test_the_sample_can_be_changed_in_the_text_fields(visit, site):
     page = visit(site)
     given = page.locator("#rankings .title").all_inner_texts()
@@ -311,6 +312,7 @@ def test_the_effects_of_the_history_are_the_servers(visit, site):
     )
 
 
+@pytest.mark.slow
 def test_effects_are_asked_for_once_per_ranking(visit, site):
     page = visit(site)
     rank(page)
@@ -350,6 +352,7 @@ def test_the_servers_message_is_shown_when_a_slate_is_refused(visit, site):
     assert page.get_by_role("alert").count() == 0
 
 
+@pytest.mark.slow
 def test_any_json_with_candidates_is_left_to_the_server_to_judge(visit, site):
     page = visit(site)
     source(page, "JSON")
@@ -364,6 +367,7 @@ def test_any_json_with_candidates_is_left_to_the_server_to_judge(visit, site):
         assert len(page.get_by_role("alert").inner_text()) > 20
 
 
+@pytest.mark.slow
 def test_an_explanation_of_a_newer_adapter_is_not_taken_for_the_rankings(visit, site):
     page = visit(site)
     rank(page)
@@ -419,6 +423,7 @@ def test_the_page_waits_until_the_server_is_ready(visit, site):
     assert page.locator("#notice").is_hidden()
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone_is_said_to_be(visit, site):
     page = visit(site)
     page.route("**/v1/rank", lambda route: route.abort())
@@ -448,6 +453,7 @@ def test_the_token_of_a_guarded_server_is_asked_for_and_kept_in_the_tab(visit, r
         assert page.locator("#work").is_hidden()
 
 
+@pytest.mark.slow
 def test_a_slate_without_a_history_is_explained_by_the_stored_one(visit, ranker):
     from peftrank.serving.history import Event, open_history
     from peftrank.types import Item
@@ -471,6 +477,7 @@ def test_a_slate_without_a_history_is_explained_by_the_stored_one(visit, ranker)
         assert page.locator("#history .title").all_inner_texts() == ["seen-0", "seen-1"]
 
 
+@pytest.mark.slow
 def test_an_item_too_old_to_be_read_is_said_not_to_be(visit, site):
     page = visit(site)
     page.get_by_label("Domain").select_option("news")
@@ -504,12 +511,14 @@ def test_titles_become_the_field_that_the_prompt_reads(visit, site):
     assert "given the title as about" in page.locator("#rankings caption").nth(1).inner_text()
 
 
+@pytest.mark.slow
 def test_a_server_without_adapters_says_how_to_get_one(visit, site):
     none = answer(200, {"base": {"name": "tiny"}, "adapters": []})
     page = visit(site, routes={"**/v1/adapters": none}, ready="#notice:not([hidden])")
     assert "peftrank train" in page.locator("#notice").inner_text()
 
 
+@pytest.mark.slow
 def test_a_domain_without_a_sample_leaves_the_text_fields(visit, site):
     page = visit(
         site,
@@ -566,6 +575,7 @@ def test_every_stop_of_the_tab_key_is_seen_and_the_keyboard_alone_ranks_and_expl
     assert walk("Shift+Tab", 3)[-1] == "rank"
 
 
+@pytest.mark.slow
 def test_ctrl_enter_ranks_from_a_text_field(visit, site):
     page = visit(site)
     paste(page, ["amber"], ["castle", "zephyr"])
@@ -650,6 +660,7 @@ def test_text_has_contrast_in_both_schemes(visit, site):
     check()
 
 
+@pytest.mark.slow
 def test_nothing_moves_for_those_who_asked_for_less_motion(visit, site):
     page = visit(site, reduced_motion="reduce")
     rank(page)
@@ -660,6 +671,7 @@ def test_nothing_moves_for_those_who_asked_for_less_motion(visit, site):
     assert page.evaluate(moving) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (shutil.which("curl") and shutil.which("bash")), reason="needs curl and bash"
 )
@@ -697,6 +709,7 @@ def test_the_page_has_no_inline_code_and_names_no_other_host():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not os.environ.get("PEFTRANK_SCREENSHOTS"),
     reason="writes docs/serving-*.png; asked for with PEFTRANK_SCREENSHOTS=1",
