@@ -47,7 +47,8 @@ async function call(path, body, signal) {
   if (answer.ok) return value;
   let message = sentence(value?.error?.message ?? `the server answered ${answer.status}`);
   const later = answer.headers.get("Retry-After");
-  if (later && !/again/i.test(message)) message += ` Try again in ${later} s.`;
+  if (answer.status === 429 && later && !/again/i.test(message))
+    message += ` Try again in ${later} s.`;
   const type = value?.error?.type ?? (answer.status === 401 ? "auth" : "internal");
   throw new ServerError(type, message, answer.status);
 }
