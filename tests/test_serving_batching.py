@@ -81,6 +81,17 @@ def test_what_waits_is_scored_together_up_to_the_budget(start):
     assert score.batches == [["busy0"], ["a0", "b0"], ["c0", "d0"]]
 
 
+def test_a_slow_machine_takes_less_at_a_time(start):
+    score = Scorer(seconds=0.1)
+    batcher = start(score, batch_seconds=0.2)
+    batcher.submit(slates(10)).future.result(5)  # 100 tokens a second, so 20 in time
+    tickets = [batcher.submit(slates(9, name=n)) for n in "abcdef"]
+    for ticket in tickets:
+        ticket.future.result(5)
+    assert max(len(names) for names in score.batches) <= 3
+    assert len(score.batches) > 2
+
+
 def test_a_slate_beyond_the_budget_is_scored_alone(start):
     score = Scorer()
     batcher, _ = held(start, score)

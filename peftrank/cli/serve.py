@@ -44,7 +44,12 @@ def command(
     history_items: Annotated[
         int, typer.Option(help="Stored events that a slate without history gets.", min=1)
     ] = 100,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens scored together.", min=1)] = 8192,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Tokens scored together, at most.", min=1)
+    ] = 8192,
+    batch_seconds: Annotated[
+        float, typer.Option(help="Fewer, where these would take longer than this.", min=0.001)
+    ] = 0.5,
     max_wait_ms: Annotated[
         float, typer.Option(help="How long an idle server waits for company.", min=0)
     ] = 5.0,
@@ -82,6 +87,7 @@ def command(
 
     settings = ServeSettings(
         batch_tokens=batch_tokens,
+        batch_seconds=batch_seconds,
         max_wait_ms=max_wait_ms,
         queue_tokens=queue_tokens,
         max_requests=max_requests,

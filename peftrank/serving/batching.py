@@ -1,6 +1,7 @@
 """Continuous batching: slates of many requests share forward passes, within a budget of tokens.
 
-One thread scores, in rounds. While a round runs the queue fills by itself, so a busy server never
+One thread scores, in rounds. A round's budget is given in tokens, and where the machine is slow in
+time, by the rate measured. While a round runs the queue fills by itself, so a busy server never
 waits; the first request after an idle moment waits a few milliseconds for company. Slates leave the
 queue in the order they came. Knows slates only by their tokens, and neither HTTP nor domains.
 """
@@ -22,6 +23,8 @@ from peftrank.serving.logs import log_exception
 
 _RATE_ROUNDS = 32
 _LONGEST_RETRY = 60
+_GUESSED_RATE = 1000.0
+"""Tokens per second, for the budget of the first round."""
 
 
 class OverloadedError(PeftRankError):
@@ -88,6 +91,7 @@ class Batcher:
         *,
         batch_tokens: int,
         queue_tokens: int,
+        batch_seconds: float = math.inf,
         max_wait_seconds: float = 0.005,
         longest_seconds: float = math.inf,
         observe: Callable[[Round], None] = lambda done: None,
@@ -98,13 +102,15 @@ class Batcher:
             score: Returns the scores of each prepared slate; called by one thread.
             batch_tokens: Scored at a time; a single larger slate is scored alone.
             queue_tokens: Tokens that may wait.
+            batch_seconds: Fewer tokens are taken where they would take longer than this.
             max_wait_seconds: How long the first request after an idle moment waits for others.
             longest_seconds: Work that would wait longer than this, at the rate measured, is
                 refused: nobody would wait for its answer.
             observe: Told of each round.
         """
         self._score_prepared = score
-        self._batch_tokens, self._queue_tokens = batch_tokens, queue_tokens
+        self._batch_tokens, self._batch_seconds = batch_tokens, batch_seconds
+        self._queue_tokens = queue_tokens
         self._max_wait, self._longest = max_wait_seconds, longest_seconds
         self._observe = observe
         self._jobs: deque[_Job] = deque()
@@ -113,6 +119,7 @@ class Batcher:
         self._closing = False
         self._rounds: deque[Round] = deque(maxlen=_RATE_ROUNDS)
         self._running_tokens = 0
+        self._budget = 0.0
         self._thread = threading.Thread(target=self._run, name="peftrank-score", daemon=True)
         self._thread.start()
 
@@ -202,6 +209,10 @@ class Batcher:
         seconds = sum(done.seconds for done in passes)
         return sum(done.tokens for done in passes) / seconds if seconds else math.inf
 
+    def _next_budget(self) -> float:
+        rate = self._rate() if self._rounds else _GUESSED_RATE
+        return max(1.0, min(self._batch_tokens, rate * self._batch_seconds))
+
     def _run(self) -> None:
         while self._work():
             pass
@@ -215,7 +226,7 @@ class Batcher:
         started = time.perf_counter()
         failures = self._score(jobs)
         seconds = time.perf_counter() - started
-        done = Round(len(jobs), tokens, seconds, tokens / self._batch_tokens, failures)
+        done = Round(len(jobs), tokens, seconds, tokens / self._budget, failures)
         with self._changed:
             self._running_tokens = 0
             self._rounds.append(done)
@@ -228,16 +239,17 @@ class Batcher:
             if not self._jobs:
                 self._changed.wait_for(lambda: self._jobs or self._closing)
                 self._changed.wait_for(
-                    lambda: self._tokens >= self._batch_tokens or self._closing, self._max_wait
+                    lambda: self._tokens >= self._next_budget() or self._closing, self._max_wait
                 )
             while not self._jobs and not self._closing:  # its request was dropped meanwhile
                 self._changed.wait()
+            self._budget = self._next_budget()
             chosen: list[_Job] = []
             tokens = 0
             while self._jobs:
                 ticket, place = self._jobs[0]
                 size = ticket.prepared[place].tokens
-                if chosen and tokens + size > self._batch_tokens:
+                if chosen and tokens + size > self._budget:
                     break
                 chosen.append(self._jobs.popleft())
                 tokens += size

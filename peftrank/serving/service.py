@@ -233,6 +233,7 @@ class Service:
         batcher = Batcher(
             ranker.score_prepared,
             batch_tokens=settings.batch_tokens,
+            batch_seconds=settings.batch_seconds,
             queue_tokens=settings.queue_tokens,
             max_wait_seconds=settings.max_wait_ms / 1000,
             longest_seconds=settings.timeout_seconds,

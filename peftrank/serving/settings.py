@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from peftrank.errors import ConfigError
 
 _ABOVE_ZERO = (
-    "batch_tokens", "queue_tokens", "max_requests", "timeout_seconds", "max_body_bytes",
-    "max_slates", "max_candidates", "max_history", "max_events", "history_items",
+    "batch_tokens", "batch_seconds", "queue_tokens", "max_requests", "timeout_seconds",
+    "max_body_bytes", "max_slates", "max_candidates", "max_history", "max_events", "history_items",
 )  # fmt: skip
 _NOT_BELOW_ZERO = ("max_wait_ms", "grace_seconds", "drain_seconds", "watch_seconds")
 
@@ -21,7 +21,9 @@ class ServeSettings:
     """Limits of one server process; ConfigError where a number makes no sense."""
 
     batch_tokens: int = 8192
-    """Scored at a time. Less: a shorter wait behind others; more: better use of a GPU."""
+    """Scored together, at most."""
+    batch_seconds: float = 0.5
+    """Fewer tokens are scored together where they would take longer, at the rate measured."""
     max_wait_ms: float = 5.0
     """How long the first request after an idle moment may wait for others."""
     queue_tokens: int = 262_144
