@@ -89,6 +89,18 @@ def find_checkpoint(name: str, revision: str | None, cache_dir: Path | None) -> 
     return _from_hub(name, revision, "Give a folder that holds it, or go online once to fetch it.")
 
 
+def config_source(name: str) -> str:
+    """Returns what transformers finds a base's config by: a folder here, or an id on the Hub.
+
+    Unlike `find_checkpoint` it downloads nothing.
+    """
+    alias = aliases().get(name)
+    packaged = alias is not None and importlib.util.find_spec(alias.module) is not None
+    if packaged or Path(name).expanduser().exists():
+        return str(find_checkpoint(name, None, None).folder)
+    return alias.hub if alias is not None else name
+
+
 @cache
 def aliases() -> Mapping[str, _Alias]:
     """Returns the table of `bases.yaml` by alias."""

@@ -162,7 +162,7 @@ def load_base(
     _check_option("compute_dtype", compute_dtype, _COMPUTE_DTYPES)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers fork after its use
     place = _device(device)
-    dtype = _native_dtype(place) if compute_dtype == "auto" else getattr(torch, compute_dtype)
+    dtype = native_dtype(place) if compute_dtype == "auto" else getattr(torch, compute_dtype)
     with _checkpoints.quiet_loading():
         checkpoint = _checkpoints.find_checkpoint(name, revision, cache_dir)
         config = _checkpoints.read_json(checkpoint.folder / "config.json")
@@ -272,7 +272,7 @@ def _wrap(
 ) -> Base:
     model.requires_grad_(False)
     model.eval()
-    _remove_dropout(model)
+    remove_dropout(model)
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return Base(
         model=model,
@@ -288,7 +288,7 @@ def _wrap(
     )
 
 
-def _remove_dropout(model: nn.Module) -> None:
+def remove_dropout(model: nn.Module) -> None:
     """Switches the base's own dropout off for good, also in train mode; adapters have their own.
 
     Noise in frozen layers would make gradients depend on how slates are packed into rows, and
@@ -408,7 +408,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _native_dtype(device: torch.device) -> torch.dtype:
+def native_dtype(device: torch.device) -> torch.dtype:
+    """Returns bfloat16 where a device computes it natively, else float32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

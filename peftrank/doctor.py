@@ -1,0 +1,387 @@
+"""What works on this machine, and how much memory a training will take, before anything loads.
+
+Activations are not guessed: the very pass that training would run (base, method, readout, loss and
+the largest batch of the first steps) runs on fake tensors, which have shapes and no data, while
+every storage that comes and goes is counted. Weights, gradients and AdamW's moments are counted
+from the same model. The base's stored size follows from its quantization.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+import peft
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from peftrank import plugins
+from peftrank._architectures import DECODERS, max_depth
+from peftrank._checkpoints import config_source
+from peftrank.base import Base, BaseIdentity, load_tokenizer, native_dtype, remove_dropout
+from peftrank.config import Config
+from peftrank.errors import BaseModelError, PeftRankError
+from peftrank.model import RankingModel
+from peftrank.prompts import PromptTemplate, feature_tensor, micro_batches, pack, token_count
+from peftrank.training.data import feature_names, read_part, step_batches
+from peftrank.training.run import prompt_arguments
+from peftrank.types import Batch
+
+_STEPS = 20
+"""Steps whose batches are looked at for the largest pass."""
+_ROW_TOKENS = 512
+_HEAP_FACTOR, _HEAP_BYTES = 1.5, 200 * 2**20
+"""What glibc's heap holds beyond what is in use, as `benchmarks.memory` measured."""
+_LIBRARIES = 440 * 2**20
+"""Python with torch, transformers and PEFT imported, on Linux, as measured."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one training process at its peak."""
+
+    base: int
+    """Stored weights of the base, its share of them where they are sharded."""
+    adapter: int
+    """Adapter and readout weights, float32."""
+    gradients: int
+    optimizer: int
+    """AdamW's two moments."""
+    activations: int
+    """Most that is alive in a forward and backward pass beside all of the above."""
+    gathered: int
+    """Of sharded layers, those that are whole for the moment."""
+    process: int
+    """On a CPU: libraries, and what the heap keeps; on a GPU nothing is known of them here."""
+    rows: int
+    tokens: int
+    """Rows and tokens per row of the largest pass."""
+    measured: bool
+    """Whether that pass was packed from the training slates; else rows are full."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        parts = (self.base, self.adapter, self.gradients, self.optimizer, self.activations)
+        return sum(parts) + self.gathered + self.process
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the plan with its total."""
+        return {**asdict(self), "total": self.total}
+
+
+def memory_plan(
+    config: Config,
+    *,
+    device: str = "cpu",
+    processes: int = 1,
+    sharded: bool = False,
+    architecture: Path | None = None,
+) -> MemoryPlan:
+    """Returns the memory that a training with this configuration takes, per process.
+
+    Args:
+        config: The run. Its slates are read if they are there; otherwise rows are taken as full.
+        device: cpu or cuda.
+        processes: How many share the base's weights, if they are sharded.
+        sharded: FSDP2: each process holds its share of the base, and whole layers one at a time.
+        architecture: A config.json to use in place of `config.base.name`, for a base that is not
+            here.
+
+    Raises:
+        BaseModelError: the base's architecture is not known or not supported.
+    """
+    values, dtype = _architecture(config, architecture), _dtype(config, device)
+    with torch.device("meta"):
+        base = _hollow_base(values, dtype, config)
+        stored = _stored_bytes(base, config)
+        layer = max(sum(p.numel() for p in block.parameters()) for block in base.layers)
+        options = {k: v for k, v in config.method.options.items() if k != "init"}  # needs weights
+        method = plugins.load("methods", config.method.name)(total_steps=1000, **options)
+        peft.get_peft_model(base.model, method.config(base.model))
+    names, batch, measured = _largest_pass(config, base, architecture)
+    with torch.device("meta"):
+        readout = plugins.load("readouts", config.readout.name).build(
+            base.hidden_size,
+            base.tokenizer,
+            base.lm_head,
+            feature_names=names,
+            **config.readout.options,
+        )
+        model = RankingModel(base, readout).train()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    peak = _pass_peak(model, batch, config) - 4 * trained  # the gradients are counted by themselves
+    if config.base.quantization != "none":
+        largest = max(m.weight.numel() for m in base.model.modules() if isinstance(m, nn.Linear))
+        peak += largest * dtype.itemsize  # one weight at a time is dequantized
+    return MemoryPlan(
+        base=stored // processes if sharded else stored,
+        adapter=4 * trained,
+        gradients=4 * trained,
+        optimizer=8 * trained,
+        activations=peak,
+        gathered=2 * layer * dtype.itemsize if sharded else 0,
+        process=0 if device != "cpu" else _LIBRARIES + _HEAP_BYTES + int((_HEAP_FACTOR - 1) * peak),
+        rows=batch.input_ids.shape[0],
+        tokens=batch.input_ids.shape[1],
+        measured=measured,
+    )
+
+
+def machine() -> dict[str, Any]:
+    """Returns what this machine has and which quantizations train here, each tried on a layer."""
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if os.name != "nt" else None
+    extras = {
+        "gguf": "gguf",
+        "baselines": "bm25s",
+        "report": "matplotlib",
+        "serve": "fastapi",
+        "redis": "redis",
+        "ray": "ray",
+    }
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "extras": {name: importlib.util.find_spec(m) is not None for name, m in extras.items()},
+        "cores": os.cpu_count(),
+        "memory_bytes": memory,
+        "gpus": gpus,
+        "device": "cuda" if gpus else "cpu",
+        "compute_dtype": str(_native(gpus)).removeprefix("torch."),
+        "quantizations": {name: _tried(name, gpus) for name in ("nf4", "fp4", "int8", "none")},
+    }
+
+
+def _native(gpus: list[str]) -> torch.dtype:
+    return native_dtype(torch.device("cuda" if gpus else "cpu"))
+
+
+def _tried(quantization: str, gpus: list[str]) -> str:
+    """Returns `works`, or why a small layer could not be computed with and trained through."""
+    import bitsandbytes as bnb
+
+    device, dtype = "cuda" if gpus else "cpu", _native(gpus)
+    try:
+        if quantization == "int8":
+            layer: Any = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+        elif quantization == "none":
+            layer = nn.Linear(64, 64, dtype=dtype)
+        else:
+            layer = bnb.nn.Linear4bit(64, 64, quant_type=quantization, compute_dtype=dtype)
+        layer = layer.to(device).requires_grad_(False)
+        x = torch.randn(4, 64, device=device, dtype=dtype, requires_grad=True)
+        layer(x).float().square().sum().backward()
+        found = x.grad is not None and bool(torch.isfinite(x.grad).all())
+    except Exception as error:  # whatever the library raises is the answer
+        return str(error).partition("\n")[0] or type(error).__name__
+    return "works" if found else "gives no finite gradients"
+
+
+def _architecture(config: Config, given: Path | None) -> Any:  # noqa: ANN401 - a PretrainedConfig
+    source = str(given.parent) if given is not None else config_source(config.base.name)
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise BaseModelError(
+            f"no architecture of base {config.base.name!r}: {reason}. Give a folder with its "
+            "config.json."
+        ) from error
+
+
+def _dtype(config: Config, device: str) -> torch.dtype:
+    if config.base.compute_dtype != "auto":
+        return cast(torch.dtype, getattr(torch, config.base.compute_dtype))
+    return torch.bfloat16 if device == "cuda" else native_dtype(torch.device("cpu"))
+
+
+def _hollow_base(values: Any, dtype: torch.dtype, config: Config) -> Base:  # noqa: ANN401
+    """Returns a base without weights, unquantized; to be called under the meta device."""
+    decoder = values.model_type in DECODERS
+    made = AutoModelForCausalLM if decoder else AutoModel
+    model = made.from_config(values, dtype=dtype, attn_implementation="sdpa")
+    model.requires_grad_(False)
+    remove_dropout(model)
+    known = {f.name: "" for f in fields(BaseIdentity)}
+    identity = BaseIdentity(**{**known, "name": config.base.name, "double_quant": False})  # type: ignore[arg-type]
+    return Base(
+        model=model,
+        tokenizer=cast(Any, None),
+        identity=identity,
+        is_decoder=decoder,
+        hidden_size=values.hidden_size,
+        num_layers=values.num_hidden_layers,
+        max_depth=max_depth(values.to_dict()),
+        pad_token_id=0,
+        compute_dtype=dtype,
+        _own_tensors=frozenset(),
+    )
+
+
+def _stored_bytes(base: Base, config: Config) -> int:
+    """Returns the bytes of the base's weights as bitsandbytes keeps them."""
+    per = {"none": None, "int8": 1.0, "nf4": 0.5, "fp4": 0.5}[config.base.quantization]
+    if config.base.quantization in ("nf4", "fp4"):  # a constant per 64 weights
+        per = 0.5 + ((1 + 4 / 256) / 64 if config.base.double_quant else 4 / 64)
+    head = base.model.get_output_embeddings() if base.is_decoder else None
+    seen: set[int] = set()
+    total = 0.0
+    for module in base.model.modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in seen:  # tied
+                continue
+            seen.add(id(parameter))
+            packed = isinstance(module, nn.Linear) and module is not head and parameter.dim() == 2
+            each = per if packed and per is not None else parameter.dtype.itemsize
+            total += parameter.numel() * each
+            if packed and config.base.quantization == "int8":
+                total += 4 * parameter.shape[0]
+    return int(total)
+
+
+def _largest_pass(
+    config: Config, base: Base, architecture: Path | None
+) -> tuple[tuple[str, ...], Batch, bool]:
+    """Returns the feature names, and the largest pass of the first steps or a full one."""
+    try:
+        if architecture is not None:
+            raise BaseModelError("no tokenizer")
+        tokenizer, _ = load_tokenizer(config.base.name, revision=config.base.revision)
+        slates = read_part(config.data, config.domain, "train")
+        names = feature_names(slates, config.data.features)
+    except PeftRankError:
+        return (), _full_rows(config), False
+    turn = str(plugins.load("readouts", config.readout.name).turn)
+    template = PromptTemplate(
+        tokenizer, **prompt_arguments(config), turn=turn, max_depth=base.max_depth
+    )
+    training = config.training
+    largest: Batch | None = None
+    for chosen in step_batches(
+        slates,
+        training.batch_size,
+        together=training.slates_per_user,
+        seed=config.seed,
+        first_step=0,
+        total_steps=min(_STEPS, training.max_steps or _STEPS),
+    ):
+        ordered = sorted(chosen, key=lambda s: (s.user_id, len(s.history), s.slate_id))
+        trees = [template.tree(slate) for slate in ordered]
+        lengths = [token_count(tree) for tree in trees]
+        for group in micro_batches(lengths, training.micro_tokens):
+            part = [ordered[i] for i in group]
+            batch = pack(
+                [trees[i] for i in group],
+                pad_token_id=base.pad_token_id,
+                labels=[slate.labels for slate in part],
+                features=feature_tensor(part, names) if names else None,
+            )
+            if largest is None or batch.input_ids.numel() > largest.input_ids.numel():
+                largest = batch
+    assert largest is not None
+    return names, largest, True
+
+
+def _full_rows(config: Config) -> Batch:
+    """Returns a pass that fills `micro_tokens`: a slate of 20 candidates in each row."""
+    rows = max(1, config.training.micro_tokens // _ROW_TOKENS)
+    tokens, candidates = min(_ROW_TOKENS, config.training.micro_tokens), 20
+    place = torch.arange(candidates).expand(rows, candidates)
+    return Batch(
+        input_ids=torch.zeros(rows, tokens, dtype=torch.long),
+        position_ids=torch.arange(tokens).expand(rows, tokens).contiguous(),
+        segment_ids=torch.zeros(rows, tokens, dtype=torch.long),
+        ancestors=torch.ones(rows, 1, 1, dtype=torch.bool),
+        row=torch.arange(rows)[:, None].expand(rows, candidates).contiguous(),
+        end=(place + 1).contiguous(),
+        start=place.contiguous(),
+        stop=(place + 1).contiguous(),
+        before=(place - 1).contiguous(),
+        mask=torch.ones(rows, candidates, dtype=torch.bool),
+        labels=torch.ones(rows, candidates),
+    )
+
+
+class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all storages that operations make, until they are let go of."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self.known: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # noqa: ANN401
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(made):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage not in self.known:
+                    self.known[storage] = None
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._gone, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def _gone(self, nbytes: int) -> None:
+        self.now -= nbytes
+
+
+def _pass_peak(model: RankingModel, batch: Batch, config: Config) -> int:
+    """Returns the most bytes that a forward and backward pass has alive beside its weights."""
+    loss = plugins.load("losses", config.loss.name)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, _fake_weights(model):
+        tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+        held: dict[str, Any] = {
+            k: fake.from_tensor(v) for k, v in tensors.items() if isinstance(v, Tensor)
+        }
+        batch = replace(batch, **held)
+        alive = _Alive()
+        for tensor in (*model.parameters(), *model.buffers(), *held.values()):
+            alive.known[tensor.untyped_storage()] = None
+        with alive:
+            scores = model(batch)
+            loss(scores, batch.labels, batch.mask, **config.loss.options).sum().backward()
+    return alive.peak
+
+
+@contextmanager
+def _fake_weights(model: nn.Module) -> Iterator[None]:
+    """Gives a model on the meta device fake weights on the CPU, for the operators of the CPU."""
+    made: dict[int, Tensor] = {}
+    kept: list[Tensor] = []  # so that no id is used twice
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    kept.append(tensor)
+                    fresh = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    if isinstance(tensor, nn.Parameter):
+                        fresh = nn.Parameter(fresh, requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = fresh
+                cast(dict[str, Any], store)[name] = made[id(tensor)]
+    yield
