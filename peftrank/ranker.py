@@ -58,6 +58,8 @@ class AdapterInfo:
     tier: Literal["device", "host", "disk"]
     """Where the adapter's weights are now."""
     pinned: bool
+    fields: tuple[str, ...]
+    """Item fields that its prompt reads."""
 
 
 @dataclass(frozen=True)
@@ -545,7 +547,7 @@ class Ranker:
             tier = "host"
         return AdapterInfo(
             domain.name, domain.method, domain.version, domain.source, domain.nbytes, tier,
-            domain.pinned,
+            domain.pinned, domain.template.fields,
         )  # fmt: skip
 
     def _find(self, domain: str | None) -> _Domain:

@@ -115,8 +115,8 @@ def read_slates(
         raise ConfigError("on_error='skip' needs quarantine=, a file for the rows left out")
     rejects = quarantine if isinstance(quarantine, Rejects) else Rejects(quarantine)
     reject = row_errors(on_error, rejects)
-    lookup = _lookup(path, items, reject)
-    return _read(_shards(path), lookup, reject)
+    lookup = item_lookup(path, items, reject)
+    return read_files(slate_files(path), lookup, reject)
 
 
 def write_slates(path: Path | str, slates: Iterable[Slate], *, by_id: bool = False) -> int:
@@ -196,7 +196,8 @@ def _write(path: Path, records: Iterator[dict[str, Any]], schema: Any) -> int:  
     return count
 
 
-def _read(shards: Sequence[Path], lookup: Lookup, reject: Reject) -> Iterator[Slate]:
+def read_files(shards: Sequence[Path], lookup: Lookup, reject: Reject) -> Iterator[Slate]:
+    """Yields the slates of files; `read_slates` is for everybody, this for one file of several."""
     for path in shards:
         required = ("slate_id", "user_id", "history", "candidates")
         for line, text, record in _records(path, reject, SLATE_KEYS, required):
@@ -239,7 +240,8 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _shards(path: Path) -> list[Path]:
+def slate_files(path: Path) -> list[Path]:
+    """Returns the files of slates that a path means, in the order they are read."""
     if path.is_dir():
         shards = [p for p in sorted(path.iterdir()) if _is_shard(p)]
         if not shards:
@@ -258,10 +260,10 @@ def _is_shard(path: Path) -> bool:
     return path.name.endswith(_SUFFIXES) and not hidden and stem not in _NOT_SLATES
 
 
-def _lookup(path: Path, items: _Items | None, reject: Reject) -> Lookup:
+def item_lookup(path: Path, items: _Items | None, reject: Reject) -> Lookup:
     """Returns the function that finds an item's text; it reads the file when first called."""
     found: Mapping[str, Item] | None = items if isinstance(items, Mapping) else None
-    file = Path(items) if isinstance(items, Path | str) else _beside(path)
+    file = Path(items) if isinstance(items, Path | str) else items_beside(path)
     where = "the given items" if isinstance(items, Mapping) else str(file)
 
     def lookup(item_id: str) -> Item:
@@ -280,7 +282,8 @@ def _lookup(path: Path, items: _Items | None, reject: Reject) -> Lookup:
     return lookup
 
 
-def _beside(path: Path) -> Path | None:
+def items_beside(path: Path) -> Path | None:
+    """Returns the items file beside slates, None if there is none."""
     folder = path if path.is_dir() else path.parent
     files = (folder / f"items{suffix}" for suffix in _SUFFIXES)
     return next((file for file in files if file.is_file()), None)

@@ -36,7 +36,13 @@ from peftrank.errors import ConfigError, DataError, PeftRankError
 from peftrank.files import TEMPORARY, write_bytes
 from peftrank.formats._log import Rejects, row_errors
 from peftrank.formats._parquet import write_parquet
-from peftrank.formats.slates import _beside, _lookup, _read, _shards, write_rankings
+from peftrank.formats.slates import (
+    item_lookup,
+    items_beside,
+    read_files,
+    slate_files,
+    write_rankings,
+)
 from peftrank.ranker import Ranker
 from peftrank.types import RankedList, Slate
 
@@ -429,7 +435,7 @@ def _begin(job: Job) -> tuple[Part, ...]:
         raise ConfigError(f"shard_slates={job.shard_slates}, k={job.k}: expected at least 1")
     manifest = job.output / _MANIFEST
     _check_folder(job.output)
-    files = _shards(job.input)
+    files = slate_files(job.input)
     hashes = [_sha256(path) for path in files]
     identity = _identity(job, hashes)
     if manifest.is_file():
@@ -456,7 +462,7 @@ def _check_folder(folder: Path) -> None:
 def _identity(job: Job, hashes: Sequence[str]) -> dict[str, Any]:
     """Returns all that decides what the shards hold, as JSON values."""
     manifest = json.dumps(job.adapter.manifest, sort_keys=True)
-    items = job.items or _beside(job.input)
+    items = job.items or items_beside(job.input)
     identity = {
         "format": _FORMAT,
         "input": hashes,
@@ -509,8 +515,8 @@ def _count(job: Job, files: Sequence[Path]) -> list[int]:
 def _opener(job: Job) -> Callable[[Path], Iterator[Slate]]:
     """Returns what reads a file of the input; all that it reads share the items."""
     reject = row_errors("raise", Rejects())
-    lookup = _lookup(job.input, job.items, reject)
-    return lambda path: _read([path], lookup, reject)
+    lookup = item_lookup(job.input, job.items, reject)
+    return lambda path: read_files([path], lookup, reject)
 
 
 def _sha256(path: Path) -> str:
