@@ -542,6 +542,15 @@ def test_a_checkpoint_of_another_version_is_refused(saved):
         checkpoint.load(run)
 
 
+@pytest.mark.parametrize("text", ["[]", "3", '{"sha256": [], "config": {}}', "[" * 100_000])
+def test_a_state_of_another_shape_is_a_damaged_checkpoint(text, tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "state.json").write_text(text, encoding="utf-8")
+    (tmp_path / "checkpoint-²").mkdir()  # a digit to some, but no number
+    with pytest.raises(AdapterError, match="checkpoint-3 is damaged"):
+        checkpoint.load(tmp_path)
+
+
 def test_a_folder_without_checkpoints_is_refused(tmp_path):
     with pytest.raises(AdapterError, match="no checkpoint here"):
         checkpoint.load(tmp_path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from peftrank.files import publish_folder, temporary_folder
 from peftrank.training.run import Run, Snapshot, parameter_names, put_back, snapshot
 
 _KEEP = 2
+_NAME = re.compile(r"checkpoint-[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ def load(path: Path) -> Checkpoint:
         folder = found[-1]
     try:
         values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or not isinstance(values["sha256"], dict):
+            raise ValueError("state.json is not what was written")
         config = Config.model_validate(values["config"])
         groups = {
             name: _read(folder / f"{name}.safetensors", sha256)
@@ -131,7 +135,7 @@ def load(path: Path) -> Checkpoint:
             f"checkpoint {folder}: state.json lacks {error}; another version of PeftRank wrote it. "
             "Resume with that version, or train anew."
         ) from None
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise AdapterError(
             f"checkpoint {folder} is damaged: {error}. Resume from another checkpoint of the run."
         ) from None
@@ -201,5 +205,5 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _all(run: Path) -> list[Path]:
-    found = [p for p in run.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
+    found = [p for p in run.glob("checkpoint-*") if _NAME.fullmatch(p.name)]
     return sorted(found, key=lambda p: int(p.name.split("-")[-1]))
