@@ -581,6 +581,9 @@ def test_a_slate_of_too_many_tokens_is_refused_by_its_prompt(shared):
 def test_a_request_that_no_queue_could_hold_is_too_large(ranker):
     with serving(ranker, watch_seconds=0, queue_tokens=50) as call:
         assert error(call.rank(*[SLATE] * 20)) == (413, "limit")
+        small = {**SLATE, "history": [ITEM, OTHER] * 2, "candidates": [ITEM]}
+        assert call.rank(small).status == 200
+        assert error(call.rank(small, explain=True)) == (413, "limit")  # five times the slate
 
 
 def test_a_body_of_ten_megabytes_is_refused_and_the_connection_goes_on(shared):

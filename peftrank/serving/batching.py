@@ -204,10 +204,10 @@ class Batcher:
         raise OverloadedError(f"{full}. Try again in {seconds} s.", seconds)
 
     def _rate(self) -> float:
-        """Returns tokens per second, of the latest passes; before the first, no limit."""
-        passes = list(self._rounds)
-        seconds = sum(done.seconds for done in passes)
-        return sum(done.tokens for done in passes) / seconds if seconds else math.inf
+        """Returns tokens per second, of the latest rounds; before the first, no limit."""
+        rounds = list(self._rounds)
+        seconds = sum(done.seconds for done in rounds)
+        return sum(done.tokens for done in rounds) / seconds if seconds else math.inf
 
     def _next_budget(self) -> float:
         rate = self._rate() if self._rounds else _GUESSED_RATE

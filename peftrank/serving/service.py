@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -24,7 +24,7 @@ from peftrank.errors import AdapterError, ConfigError, PeftRankError
 from peftrank.formats._record import slate_record
 from peftrank.formats.slates import read_slates
 from peftrank.plugins import did_you_mean
-from peftrank.ranker import Prepared, Ranker, Scores, explanation, ranked
+from peftrank.ranker import AdapterInfo, Prepared, Ranker, Scores, explanation, ranked
 from peftrank.serving import _schemas
 from peftrank.serving.batching import Batcher, OverloadedError, StoppedError
 from peftrank.serving.history import History
@@ -36,6 +36,8 @@ from peftrank.types import Slate
 
 P = ParamSpec("P")
 T = TypeVar("T")
+_WORKERS = min(os.cpu_count() or 1, 8)
+"""For what computes; more would only wait for one another."""
 _WAITING_THREADS = 32
 """For what waits for a disk or another machine; a lost Redis holds each for a second or two."""
 _BASE_KEYS = ("name", "quantization", "compute_dtype", "architecture", "fingerprint")
@@ -76,7 +78,7 @@ class Service:
         self._made, self._history, self._domains = ranker, history, domains
         self._loading: asyncio.Task[None] | None = None
         self._parts: _Parts | None = None
-        self._workers = ThreadPoolExecutor(os.cpu_count(), "peftrank-prepare")
+        self._workers = ThreadPoolExecutor(_WORKERS, "peftrank-prepare")
         self._waiting = ThreadPoolExecutor(_WAITING_THREADS, "peftrank-wait")
 
     async def start(self) -> None:
@@ -300,17 +302,20 @@ class Service:
 
     def _prepare(self, call: _schemas.RankCall) -> list[list[Prepared]]:
         """Returns, per slate, what is scored for it: itself, and what its explanation needs."""
-        self._check_loaded(call)
-        prepared = self._started.ranker.prepare(
-            call.slates, domain=call.domain, untrained=call.untrained
-        )
+        ranker, batcher = self._started.ranker, self._started.batcher
+        self._check_loaded(call, ranker.adapters)
+        prepared = ranker.prepare(call.slates, domain=call.domain, untrained=call.untrained)
         if not call.explain:
             return [[one] for one in prepared]
-        return [self._started.ranker.variants(one) for one in prepared]
+        groups, tokens = [], 0
+        for one in prepared:
+            groups.append(ranker.variants(one))
+            tokens += sum(variant.tokens for variant in groups[-1])
+            batcher.check_size(tokens)  # before more work goes into it
+        return groups
 
-    def _check_loaded(self, call: _schemas.RankCall) -> None:
-        loaded = self._started.ranker.adapters
-        wanted: dict[str, int] = {}
+    def _check_loaded(self, call: _schemas.RankCall, loaded: Mapping[str, AdapterInfo]) -> None:
+        """Raises ConfigError for a slate whose domain is not loaded; counts where adapters are."""
         for slate in call.slates:
             domain = call.domain_of(slate)
             if domain not in loaded:
@@ -320,10 +325,8 @@ class Service:
                     f"slate {slate.slate_id!r}: its domain: {told}{hint}. "
                     f"Loaded: {', '.join(loaded) or 'none'}."
                 )
-            wanted[domain] = wanted.get(domain, 0) + 1
-        for domain, count in wanted.items():
-            self.metrics.slates.labels(domain).inc(count)
-            self.metrics.adapter_reads.labels(loaded[domain].tier).inc()
+        for domain in {call.domain_of(slate) for slate in call.slates}:
+            self.metrics.adapter_reads.labels(loaded[domain or ""].tier).inc()
 
     def _answer(
         self, call: _schemas.RankCall, groups: Sequence[Sequence[Prepared]], scores: list[Scores]
@@ -335,6 +338,7 @@ class Service:
             own = list(itertools.islice(left, len(group)))
             best = ranked(slate, own[0], call.k)
             told = _explained(group[0], own, best.item_ids) if call.explain else None
+            self.metrics.slates.labels(group[0].domain).inc()
             rankings.append(
                 {
                     "slate_id": slate.slate_id,
