@@ -757,6 +757,28 @@ def test_a_request_that_takes_too_long_is_given_up_and_leaves_the_queue(ranker, 
     assert held.batches == [["first"], ["third"]]
 
 
+def test_an_answer_that_a_client_does_not_take_in_time_is_not_answered_again(ranker):
+    import asyncio
+
+    from peftrank.serving.app import _Edge
+    from peftrank.serving.service import Service
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(5)  # as while a full buffer is waited for
+
+    service = Service(ranker, ServeSettings(timeout_seconds=0.05), None, None)
+    sent = []
+
+    async def send(message):
+        sent.append(message["type"])
+
+    scope = {"type": "http", "method": "GET", "path": "/"}
+    asyncio.run(_Edge(app, service)(scope, None, send))
+    assert sent == ["http.response.start"]
+    assert not service.under_way
+
+
 def send_and_leave(port, body, part=None):
     """Sends a request, or a part of it, and closes the connection without reading."""
     with socket.create_connection(("127.0.0.1", port)) as connection:

@@ -214,20 +214,18 @@ class _Edge:
             await send(message)
 
         try:
-            await self._answer(scope, receive, send_on)
+            refusal = await self._run(scope, receive, send_on)
+            # Where an answer has begun, it cannot become another; uvicorn ends the connection.
+            if refusal is not None and not status:
+                await refusal(scope, receive, send_on)
         except ClientDisconnect:
             status = _GONE
-        except Exception as error:
-            log_exception("request_failed", error, route=_route(scope))
-            if status:  # half an answer is out, and uvicorn ends the connection
-                raise
-            await _error(scope, 500, "internal", _FAULT)(scope, receive, send_on)
         finally:
             self._note(scope, status, time.perf_counter() - started)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> Response | None:
+        """Runs the application, and returns what is to be answered where it raised."""
         seconds, under_way = self._service.settings.timeout_seconds, self._service.under_way
-        refusal: Response
         try:
             async with asyncio.timeout(seconds) as limit:
                 under_way.add(limit)
@@ -235,16 +233,19 @@ class _Edge:
                     await self._app(scope, receive, send)
                 finally:
                     under_way.remove(limit)
-            return
+            return None
+        except ClientDisconnect:
+            raise
         except TimeoutError:
             if self._service.state == "stopping":
-                refusal = _refusal(scope, StoppedError("the server is shutting down"))
-            else:
-                message = f"the request took longer than {seconds:g} s and was given up"
-                refusal = _error(scope, 504, "timeout", message)
+                return _refusal(scope, StoppedError("the server is shutting down"))
+            message = f"the request took longer than {seconds:g} s and was given up"
+            return _error(scope, 504, "timeout", message)
         except PeftRankError as error:
-            refusal = _refusal(scope, error)
-        await refusal(scope, receive, send)
+            return _refusal(scope, error)
+        except Exception as error:
+            log_exception("request_failed", error, route=_route(scope))
+            return _error(scope, 500, "internal", _FAULT)
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         route, kind = _route(scope), scope.get(_ERROR)
