@@ -202,6 +202,29 @@ def test_an_unloaded_domain_leaves_no_bytes_behind(many, make_slate):
     assert many.memory()["device_bytes"] == 0
 
 
+def test_an_adapter_unloaded_while_it_comes_back_is_not_kept(
+    tiny_decoder, stock, make_slate, monkeypatch
+):
+    with Ranker(tiny_decoder, store=stock) as whole:
+        whole.load_adapter("news")
+        budget = whole.memory()["device_bytes"]
+    ranker = Ranker(tiny_decoder, store=stock, device_bytes=budget)
+    for domain in ("news", "video"):
+        ranker.load_adapter(domain)
+    assert ranker.adapters["news"].tier == "disk"
+    real = store.load_adapter
+
+    def slow(path):
+        files = real(path)
+        ranker.unload_adapter("news")
+        return files
+
+    monkeypatch.setattr(store, "load_adapter", slow)
+    assert ranker.score_prepared(ranker.prepare([make_slate()], domain="news"))
+    assert ranker.domains == ("video",)
+    assert ranker.memory()["device_bytes"] == 0  # video went for it, and it left at once
+
+
 def test_a_tier_s_bytes_are_those_of_what_it_keeps():
     tier = Tier(10)
     for key, size in (("a", 4), ("b", 4), ("c", 4)):
