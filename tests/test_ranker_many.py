@@ -1,21 +1,29 @@
 """Many domains on one ranker: mixed passes, tiers, versions in flight, explanations."""
 
 import asyncio
+import multiprocessing
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import _random_llama
+from fresh import scores
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from test_ranker import METHODS, PARTS, close, publish, slates_for
 
 from peftrank import store
 from peftrank._tier import Tier
-from peftrank.base import base_from_model
+from peftrank.base import base_from_model, load_base
 from peftrank.errors import AdapterError, ConfigError, DataError
+from peftrank.formats.slates import write_slates
 from peftrank.ranker import Ranker
 
 VERSIONS = ("0001", "0002")
@@ -344,9 +352,9 @@ class Domains(RuleBasedStateMachine):
                 prepared += self.ranker.prepare([slate], domain=domain)
             except ConfigError:
                 return domain
-        for i, scores in enumerate(self.ranker.score_prepared(prepared)):
+        for i, found in enumerate(self.ranker.score_prepared(prepared)):
             right = self.expected[domains[i], prepared[i].version][i]
-            assert scores == pytest.approx(right, abs=1e-4)
+            assert found == pytest.approx(right, abs=1e-4)
         return None
 
     def teardown(self):
@@ -357,25 +365,7 @@ class Domains(RuleBasedStateMachine):
         assert self.ranker.memory()["device_bytes"] == 0
 
 
-def machine(base, folder, make_slate, **budgets):
-    slates = slates_for(make_slate, 4)
-    expected = {}
-    for domain in METHODS:
-        for version in VERSIONS:  # one adapter alone on the base
-            with Ranker(base, store=folder) as fresh:
-                fresh.load_adapter(f"{domain}@{version}")
-                expected[domain, version] = fresh.score(slates, domain=domain)
-    ranker = Ranker(base, store=folder, **budgets)
-    return type(
-        "Case", (Domains,), {"ranker": ranker, "slates": slates, "expected": expected}
-    ), expected
-
-
-@pytest.mark.parametrize("budgets", [{}, {"device_bytes": 1, "host_bytes": 1}])
-def test_no_sequence_of_calls_gives_scores_of_another_domain_or_version(
-    tiny_decoder, stock, make_slate, budgets
-):
-    case, expected = machine(tiny_decoder, stock, make_slate, **budgets)
+def check_machine(base, folder, slates, expected, **budgets):
     alike = [
         abs(a[0][0] - b[0][0])
         for key, a in expected.items()
@@ -383,8 +373,45 @@ def test_no_sequence_of_calls_gives_scores_of_another_domain_or_version(
         if key != other
     ]
     assert min(alike) > 1e-3  # a mix-up would be seen
-    from hypothesis.stateful import run_state_machine_as_test
-
+    ranker = Ranker(base, store=folder, **budgets)
+    case = type("Case", (Domains,), {"ranker": ranker, "slates": slates, "expected": expected})
     run_state_machine_as_test(
         case, settings=settings(max_examples=60, stateful_step_count=30, deadline=None)
     )
+
+
+@pytest.mark.parametrize("budgets", [{}, {"device_bytes": 1, "host_bytes": 1}])
+def test_no_sequence_of_calls_gives_scores_of_another_domain_or_version(
+    tiny_decoder, stock, make_slate, budgets
+):
+    slates, expected = slates_for(make_slate, 4), {}
+    for domain in METHODS:
+        for version in VERSIONS:  # one adapter alone on the base
+            with Ranker(tiny_decoder, store=stock) as fresh:
+                fresh.load_adapter(f"{domain}@{version}")
+                expected[domain, version] = fresh.score(slates, domain=domain)
+    check_machine(tiny_decoder, stock, slates, expected, **budgets)
+
+
+@pytest.mark.slow
+def test_the_scores_are_those_of_processes_that_know_one_adapter_each(
+    tokenizer, make_slate, tmp_path
+):
+    _random_llama(tokenizer).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = load_base(
+        str(tmp_path / "base"), quantization="none", compute_dtype="float32", device="cpu"
+    )
+    slates, jobs = slates_for(make_slate, 4), {}
+    write_slates(tmp_path / "slates.jsonl", slates)
+    for domain in METHODS:
+        for seed, version in enumerate(VERSIONS):
+            path, _, _ = publish(base, tmp_path / "store", domain, seed=10 * len(domain) + seed)
+            jobs[domain, version] = tuple(
+                map(str, (tmp_path / "base", path, tmp_path / "slates.jsonl"))
+            )
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fresh", "peftrank.ranker"])
+    with context.Pool(1, maxtasksperchild=1) as pool:
+        expected = dict(zip(jobs, pool.starmap(scores, jobs.values(), chunksize=1), strict=True))
+    check_machine(base, tmp_path / "store", slates, expected)
