@@ -14,23 +14,23 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from torch import Tensor
 
 from peftrank.base import Base
 from peftrank.config import Config
 from peftrank.errors import PeftRankError
 from peftrank.metrics import per_slate
-from peftrank.training import checkpoint
+from peftrank.training import checkpoint, distributed
 from peftrank.training.data import step_batches, steps_per_epoch
 from peftrank.training.progress import Progress
 from peftrank.training.publish import publish
-from peftrank.training.run import Run, new_folder, passes, put_back, snapshot, start
+from peftrank.training.run import Run, new_folder, put_back, shared_passes, snapshot, start
 from peftrank.types import Slate
 
 SELECT_BY = "ndcg@10"
@@ -71,7 +71,8 @@ def train(
     try:
         if saved is not None:
             checkpoint.restore(run, saved)
-        with _stop_signals() as stopping, Progress(run.total_steps, shown=progress) as bar:
+        shown = progress and run.accelerator.is_main_process
+        with _stop_signals() as stopping, Progress(run.total_steps, shown=shown) as bar:
             _steps(run, bar, stopping)
             value = _finish(run)
         return publish(run, output, {f"valid_{SELECT_BY}": value})
@@ -144,8 +145,8 @@ def _optimize(run: Run, slates: Sequence[Slate]) -> dict[str, float]:
             f"the loss is {loss} at step {run.step + 1}. Lower training.learning_rate "
             f"(now {run.learning_rate}) or training.max_grad_norm."
         )
-    trainable = [p for group in run.optimizer.param_groups for p in group["params"]]
-    norm = run.accelerator.clip_grad_norm_(trainable, training.max_grad_norm)
+    run.accelerator.unscale_gradients()
+    norm = torch.nn.utils.clip_grad_norm_(_trainable(run), training.max_grad_norm)
     run.optimizer.step()
     run.method.after_step(run.adapted, run.step + 1)  # reads the gradients
     run.optimizer.zero_grad()
@@ -164,27 +165,25 @@ def _backward(run: Run, slates: Sequence[Slate]) -> tuple[float, float]:
     Tokens that slates of a row share count once; padding does not count.
     """
     accelerator = run.accelerator
-    mine = slates[accelerator.process_index :: accelerator.num_processes]
-    scale = accelerator.num_processes / len(slates)  # gradients are averaged over processes
-    if not mine:  # the other processes wait for this one's gradients
-        mine, scale = slates[:1], 0.0
     run.model.train()
-    parts = list(passes(run, mine))
     loss, tokens = 0.0, 0
-    for i, (_, batch) in enumerate(parts):
-        tokens += int((batch.segment_ids >= 0).sum())
-        last = i == len(parts) - 1
-        with nullcontext() if last else accelerator.no_sync(run.model):
-            scores = run.model(batch)
-            value = (
-                run.loss(scores, batch.labels, batch.mask, **run.config.loss.options).sum() * scale
-            )
-            loss += float(value.detach())
-            penalty = run.method.penalty(run.adapted) if last else None
-            accelerator.backward(value if penalty is None else value + penalty)
-    here = torch.tensor([loss, tokens * accelerator.num_processes], device=accelerator.device)
-    mean = accelerator.reduce(here, "mean").tolist()
-    return mean[0], mean[1]
+    for _, batch, counts in shared_passes(run, slates):
+        scores = run.model(batch)
+        losses = run.loss(scores, batch.labels, batch.mask, **run.config.loss.options)
+        value = losses.sum() * (float(counts) / len(slates))
+        accelerator.backward(value)
+        loss += float(value.detach())
+        tokens += int((batch.segment_ids >= 0).sum()) if counts else 0
+    penalty = run.method.penalty(run.adapted)
+    if penalty is not None and accelerator.is_main_process:  # it is the same in all
+        accelerator.backward(penalty)
+    distributed.add_up_gradients(_trainable(run), accelerator)
+    total = distributed.add_up([loss, tokens], accelerator)
+    return total[0], total[1]
+
+
+def _trainable(run: Run) -> list[Tensor]:
+    return [p for group in run.optimizer.param_groups for p in group["params"]]
 
 
 def _evaluate(run: Run) -> float:
@@ -199,16 +198,18 @@ def _evaluate(run: Run) -> float:
 
 
 def _valid_ndcg(run: Run) -> float:
-    accelerator = run.accelerator
-    mine = run.valid[accelerator.process_index :: accelerator.num_processes]
-    values: list[float] = []
+    place = {id(slate): i for i, slate in enumerate(run.valid)}  # slate ids need not be unique
+    values = [0.0] * len(run.valid)
     run.model.eval()
     with torch.no_grad():
-        for part, batch in passes(run, mine):
-            rows = run.ranking(batch).tolist()
-            scores = [row[: len(s.candidates)] for row, s in zip(rows, part, strict=True)]
-            values += per_slate(SELECT_BY, part, scores).tolist()
-    return float(np.nanmean(gather_object(values)))
+        for part, batch, counts in shared_passes(run, run.valid):
+            rows = run.model(batch).tolist()
+            if counts:
+                scores = [row[: len(s.candidates)] for row, s in zip(rows, part, strict=True)]
+                for slate, value in zip(part, per_slate(SELECT_BY, part, scores), strict=True):
+                    values[place[id(slate)]] = float(value)
+    # In the order of the slates, so that the mean is the same however they were shared out.
+    return float(np.nanmean(distributed.add_up(values, run.accelerator)))
 
 
 def _finish(run: Run) -> float:

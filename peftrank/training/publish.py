@@ -30,21 +30,29 @@ _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 def publish(run: Run, output: Path, metrics: dict[str, float]) -> Path:
     """Saves, checks and activates the run's adapter; returns its folder. Unloads it from the base.
 
-    Of several processes the main one does it.
+    Of several processes the main one does it; a sharded base computes in all of them, so then all
+    read the saved files.
 
     Raises:
         AdapterError: the disk refuses, or the saved adapter does not give the scores it gave.
     """
-    path = _publish(run, output, metrics) if run.accelerator.is_main_process else None
-    return cast(Path, broadcast_object_list([path])[0])
+    main = run.accelerator.is_main_process
+    checked = run.valid[:_CHECKED_SLATES]
+    expected = _scores(run, checked)
+    path = cast(Path, broadcast_object_list([_save(run, output, metrics) if main else None])[0])
+    run.adapted.unload()
+    if main or run.sharded:
+        _check(run, path, checked, expected)
+    if main:
+        activate(output, run.config.domain, path.name)
+    run.accelerator.wait_for_everyone()
+    return path
 
 
-def _publish(run: Run, output: Path, metrics: dict[str, float]) -> Path:
+def _save(run: Run, output: Path, metrics: dict[str, float]) -> Path:
     config, tensors = run.method.export(run.adapted)
     # PEFT notes where the weights lay on this machine; others need the model's public name.
     config.base_model_name_or_path = run.base.identity.model_id
-    checked = run.valid[:_CHECKED_SLATES]
-    expected = _scores(run, checked)
     manifest = _manifest(run, metrics)
     files = AdapterFiles(
         peft_config=config.to_dict(),
@@ -52,13 +60,9 @@ def _publish(run: Run, output: Path, metrics: dict[str, float]) -> Path:
         readout={name: t.detach().cpu() for name, t in run.readout.state_dict().items()},
         manifest=manifest,
     )
-    path = save_adapter(
+    return save_adapter(
         output, run.config.domain, files, card=adapter_card(manifest), activate=False
     )
-    run.adapted.unload()
-    _check(run, path, checked, expected)
-    activate(output, run.config.domain, path.name)
-    return path
 
 
 def _scores(run: Run, slates: list[Slate]) -> list[torch.Tensor]:
@@ -66,7 +70,7 @@ def _scores(run: Run, slates: list[Slate]) -> list[torch.Tensor]:
     found = {}  # by id(): slate ids need not be unique
     with torch.no_grad():
         for part, batch in passes(run, slates):
-            scores = run.ranking(batch).float().cpu()
+            scores = run.model(batch).float().cpu()
             for row, slate in zip(scores, part, strict=True):
                 found[id(slate)] = row[: len(slate.candidates)]
     return [found[id(slate)] for slate in slates]

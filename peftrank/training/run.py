@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import peft
 import torch
@@ -18,11 +18,12 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from peftrank import plugins
-from peftrank.base import Base, load_base
-from peftrank.config import Config, TrainingConfig
-from peftrank.errors import ConfigError, DataError
+from peftrank.base import Base, load_base, native_dtype
+from peftrank.config import Config
+from peftrank.errors import DataError
 from peftrank.model import RankingModel, move
 from peftrank.prompts import PromptTemplate, feature_tensor, micro_batches, pack, token_count
+from peftrank.training import distributed
 from peftrank.training.data import (
     feature_names,
     fingerprint,
@@ -53,7 +54,9 @@ class Run:
     adapted: peft.PeftModel
     method: Any
     model: nn.Module
-    """RankingModel, wrapped for the processes it runs on."""
+    """The RankingModel."""
+    sharded: bool
+    """Whether the base is, so that every process must take part in every pass."""
     readout: nn.Module
     optimizer: Any
     loss: Any
@@ -74,11 +77,6 @@ class Run:
     """What was logged, one row per step."""
 
     trees: dict[int, PromptTree] = field(default_factory=dict)
-
-    @property
-    def ranking(self) -> nn.Module:
-        """The RankingModel itself, for passes that other processes need not take part in."""
-        return cast(nn.Module, self.accelerator.unwrap_model(self.model))
 
     @cached_property
     def slates_fingerprint(self) -> str:
@@ -126,9 +124,12 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
         total_steps=total_steps, **config.method.options
     )
     loss = plugins.load("losses", config.loss.name)
-    accelerator = _accelerator(training, folder)
+    sharding = distributed.sharding(
+        config.base.quantization, config.method.name, config.method.options
+    )
+    accelerator = distributed.start_accelerator(training, folder)
     torch.manual_seed(config.seed)
-    base = base or _load_base(config, accelerator.device)
+    base = base or _load_base(config, accelerator.device, sharded=sharding is not None)
     features = feature_names(train, config.data.features)
     readout = _build_readout(config, base, features, train)
     template = PromptTemplate(
@@ -137,14 +138,22 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
         turn=str(readout.turn),
         max_depth=base.max_depth,
     )
+    if sharding == "zero3":
+        distributed.shard_zero3(base, accelerator)
+    own = {id(parameter) for parameter in base.model.parameters()}
     adapted = peft.get_peft_model(base.model, method.config(base.model))
-    ranking = RankingModel(base, readout)
+    adapter = [p for p in base.model.parameters() if id(p) not in own]
+    if sharding == "fsdp2":
+        distributed.shard_fsdp2(base, adapter, accelerator)
+    ranking = RankingModel(base, readout.to(accelerator.device))
+    # Not prepare(): see `distributed`. This adds what mixed precision needs.
+    model = accelerator.prepare_model(ranking, evaluation_mode=True)
     learning_rate = training.learning_rate or method.learning_rate
     optimizer = torch.optim.AdamW(
         _parameter_groups(ranking, learning_rate, training.readout_learning_rate),
         weight_decay=training.weight_decay,
     )
-    model, optimizer = accelerator.prepare(ranking, optimizer)
+    distributed.broadcast([*adapter, *readout.parameters(), *readout.buffers()], accelerator)
     return Run(
         config=config,
         accelerator=accelerator,
@@ -153,8 +162,9 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
         adapted=adapted,
         method=method,
         model=model,
+        sharded=sharding is not None,
         readout=readout,
-        optimizer=optimizer,
+        optimizer=accelerator.prepare_optimizer(optimizer),
         loss=loss,
         train=train,
         valid=valid,
@@ -181,29 +191,18 @@ def _labelled_part(config: Config, part: str, limit: int | None = None) -> list[
     return slates
 
 
-def _accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
-    wanted = training.mixed_precision
-    try:
-        return Accelerator(
-            mixed_precision="no" if wanted == "auto" else wanted,
-            log_with=list(training.trackers) or None,
-            project_dir=str(folder) if training.trackers else None,
-        )
-    except ValueError as error:
-        raise ConfigError(
-            f"training.mixed_precision={wanted} is not possible here. A process keeps the "
-            f"precision of its first training, and fp16 needs a GPU. Accelerate says: {error}"
-        ) from error
-
-
-def _load_base(config: Config, device: torch.device) -> Base:
+def _load_base(config: Config, device: torch.device, *, sharded: bool) -> Base:
+    dtype: str = config.base.compute_dtype
+    if dtype == "auto":  # of the device that computes, wherever the weights are first read to
+        dtype = str(native_dtype(device)).removeprefix("torch.")
     return load_base(
         config.base.name,
         quantization=config.base.quantization,
         double_quant=config.base.double_quant,
-        compute_dtype=config.base.compute_dtype,
+        compute_dtype=dtype,
         revision=config.base.revision,
-        device=str(device),
+        # Sharding moves a block at a time. Quantized weights move less well, and are small.
+        device="cpu" if sharded and config.base.quantization == "none" else str(device),
     )
 
 
@@ -283,6 +282,19 @@ def passes(run: Run, slates: Sequence[Slate]) -> Iterator[tuple[list[Slate], Bat
         yield part, move(batch, run.base.device)
 
 
+def shared_passes(run: Run, slates: Sequence[Slate]) -> Iterator[tuple[list[Slate], Batch, bool]]:
+    """Yields the passes of this process's share of the slates, and whether each counts.
+
+    All processes make equally many; one that has fewer repeats its last, which must not count.
+    """
+    mine = distributed.share(slates, run.accelerator)
+    made = list(passes(run, mine or slates[:1]))
+    own = len(made) if mine else 0
+    for i in range(distributed.largest(len(made), run.accelerator)):
+        part, batch = made[min(i, len(made) - 1)]
+        yield part, batch, i < own
+
+
 def _parameter_groups(
     model: RankingModel, adapter_rate: float, readout_rate: float
 ) -> list[dict[str, Any]]:
@@ -294,4 +306,4 @@ def _parameter_groups(
 
 def parameter_names(run: Run) -> dict[Tensor, str]:
     """Returns the name of every parameter that trains."""
-    return {p: name for name, p in run.ranking.named_parameters() if p.requires_grad}
+    return {p: name for name, p in run.model.named_parameters() if p.requires_grad}
