@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import select
 import socket
 import time
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ except ModuleNotFoundError as error:
 _KEEP_ALIVE_SECONDS = 75  # longer than usual load balancers keep an idle connection
 _LAST_SECONDS = 5
 """For the last answers to leave."""
+_READ_SECONDS = 0.2
+"""For what has come through the port to be read."""
 
 
 def serve(
@@ -98,19 +101,25 @@ def serve(
         shown = f"[{host}]" if ":" in host else host
         log(logging.INFO, "listening", url=f"http://{shown}:{listener.getsockname()[1]}")
         service: Service = app.state.service
-        _Server(config, service).run(sockets=[listener])
+        _Server(config, service, listener).run(sockets=[listener])
     if service.failure is not None:
         raise service.failure
     log(logging.INFO, "stopped")
 
 
 class _Server(uvicorn.Server):
-    """Ends when what is under way is done, not at the signal; and then in good order, status 0."""
+    """Ends when what is under way is done, not at the signal; and then in good order, status 0.
 
-    def __init__(self, config: uvicorn.Config, service: Service):
+    Whoever has a connection gets an answer: the port is closed when nobody waits at it, and what
+    came in by then is answered before uvicorn closes the connections.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service, listener: socket.socket):
         super().__init__(config)
-        self._service = service
+        self._service, self._listener = service, listener
         self._earliest, self._latest = math.inf, math.inf
+        self._closing, self._closed = math.inf, math.inf
+        """Since when the port takes nobody new, and since when it is closed."""
         service.on_failure = self._leave
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -125,15 +134,34 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Returns whether to end; uvicorn calls it ten times a second."""
-        now, under_way = time.monotonic(), bool(self._service.under_way)
-        if under_way and now >= self._latest:
+        now = time.monotonic()
+        if now >= self._latest:
             self._service.give_up()
-        if now >= self._latest + _LAST_SECONDS or (now >= self._earliest and not under_way):
+        if now >= self._earliest and not self._service.finishing:
+            self._close_port(now)
+        answered = now >= self._closed + _READ_SECONDS and not self._service.under_way
+        if answered or now >= self._latest + _LAST_SECONDS:
             self._leave()
         return await super().on_tick(counter)
 
+    def _close_port(self, now: float) -> None:
+        if self._closing == math.inf:
+            self._closing = now
+            self._listener.listen(0)  # who comes now is not let in to wait, but told to come again
+        elif self._closed == math.inf and (
+            now >= self._closing + _LAST_SECONDS or not _waited_for(self._listener)
+        ):
+            self._closed = now
+            for server in self.servers:
+                server.close()
+
     def _leave(self) -> None:
         self.should_exit = True
+
+
+def _waited_for(listener: socket.socket) -> bool:
+    """Returns whether a connection waits to be accepted."""
+    return bool(select.select([listener], [], [], 0)[0])
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -75,6 +75,8 @@ class Service:
         self.on_failure: Callable[[], None] = lambda: None
         self.under_way: set[asyncio.Timeout] = set()
         """Requests, each by the limit of its time."""
+        self.finishing: set[asyncio.Timeout] = set()
+        """Of these, once the server stops, those that it had taken before."""
         self._made, self._history, self._domains = ranker, history, domains
         self._loading: asyncio.Task[None] | None = None
         self._parts: _Parts | None = None
@@ -91,13 +93,16 @@ class Service:
     def drain(self) -> None:
         """Takes no more requests; those under way finish."""
         self.state = "stopping"
+        # Each request takes itself out of the set that it is in.
+        self.finishing, self.under_way = self.under_way, set()
         self.metrics.ready.set(0)
         log(logging.INFO, "stopping")
 
     def give_up(self) -> None:
         """Ends the time of the requests under way; they are answered that the server stops."""
-        for limit in self.under_way:
-            limit.reschedule(asyncio.get_running_loop().time())
+        for limit in self.finishing | self.under_way:
+            if not limit.expired():
+                limit.reschedule(asyncio.get_running_loop().time())
 
     async def stop(self) -> None:
         """Ends all threads; what still waits fails with StoppedError."""
