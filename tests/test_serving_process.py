@@ -1,5 +1,6 @@
 """`peftrank serve` as a process: how it starts, how it ends, and what it says when it cannot."""
 
+import contextlib
 import http.client
 import json
 import logging
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -138,6 +140,25 @@ def test_requests_that_outlast_the_grace_are_answered_503(run):
     thread.join(30)
     status, value = answers[0]
     assert (status, value["error"]["type"]) == (503, "overloaded")
+
+
+@pytest.mark.slow
+def test_a_stop_resets_no_connection(run):
+    process = run("--drain-seconds", 0.3)
+    process.until_ready()
+
+    def ask():
+        seen = set()
+        with contextlib.suppress(ConnectionRefusedError):
+            while True:
+                seen.add(process.call("POST", "/v1/rank", {"slate": SLATE})[0])
+        return seen
+
+    with ThreadPoolExecutor(12) as pool:
+        asking = [pool.submit(ask) for _ in range(12)]
+        time.sleep(1)
+        assert process.end() == 0
+        assert set().union(*(one.result() for one in asking)) == {200, 503}
 
 
 @pytest.mark.slow
