@@ -70,7 +70,7 @@ def serving(ranker, *, history=None, domains=None, **settings):
     app = create_app(ranker, ServeSettings(**settings), history=history, domains=domains)
     config = uvicorn.Config(app, port=0, log_config=None, access_log=False, ws="none")
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive()

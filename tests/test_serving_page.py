@@ -76,7 +76,7 @@ def served(ranker, *, history=None, **settings):
 
     app = create_app(ranker, ServeSettings(watch_seconds=0, **settings), history=history)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, ws="none"))
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive()
