@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from datetime import UTC, datetime
+from time import process_time
 
 import numpy as np
 import pytest
@@ -275,6 +276,19 @@ def test_csv_line_numbers_count_endless_lines_and_an_open_quote_is_one_reject(
     assert rows[1][2] == "not valid CSV: unexpected end of data (the row spans 2 lines)"
 
 
+def test_a_csv_header_of_invalid_utf8_is_an_error_that_can_be_printed(tmp_path):
+    put(tmp_path, movies__csv=b"movieId,title,genres,\xff\n", ratings__csv="")
+    with pytest.raises(DataError, match=r"movies\.csv:1: the header is not valid UTF-8"):
+        movielens(tmp_path, on_error="skip")
+
+
+def test_a_value_beyond_float32_costs_its_row(tmp_path):
+    put(tmp_path, movies__dat="1::Lamp::Drama\n", ratings__dat="1::1::4::10\n1::1::1e39::10\n")
+    log, rows = skipped(movielens, tmp_path, tmp_path)
+    assert triples(log) == [("1", "1", 4.0)]
+    assert "value is 1e+39, expected at least 0 and at most 3.40282e+38" in rows[0][2]
+
+
 def test_csv_headers_are_checked(tmp_path):
     put(tmp_path, movies__csv="id,title,genres\n", ratings__csv="")
     with pytest.raises(DataError, match=r"movies\.csv:1: the header lacks movieId; it has id"):
@@ -416,6 +430,38 @@ def test_amazon_json_rejects_bad_rows_with_reasons(tmp_path):
     ]
 
 
+def test_amazon_json_that_no_file_could_hold_costs_its_row(tmp_path):
+    good = {"reviewerID": "R", "asin": "B1", "overall": 5, "unixReviewTime": 15}
+    deep = '{"asin": "B4", "title": "x", "category": ' + "[" * 900 + "]" * 900 + "}\n"
+    put(
+        tmp_path,
+        **{
+            "meta_x.json": json_lines(
+                {"asin": "B1", "title": "Rug"},
+                {"asin": "B2", "title": "Half a character: \ud800"},
+                {"asin": "B3", "title": "x", "price": "DIGITS"},
+            ).replace('"DIGITS"', "9" * 5000)
+            + deep,
+            "x.json": json_lines(good, good | {"\udfff": 1}),
+        },
+    )
+    log, rows = skipped(amazon, tmp_path, tmp_path)
+    assert (list(log.items), len(log)) == (["B1"], 1)
+    assert [reason.split(":")[0].split(",")[0] for _, _, reason in rows] == [
+        "a text holds a lone surrogate",
+        "not valid JSON",
+        "maximum recursion depth exceeded",
+        "a text holds a lone surrogate",
+    ]
+
+
+def test_amazon_does_not_read_the_quarantine_it_writes(tmp_path):
+    good = {"reviewerID": "R", "asin": "B1", "overall": 5, "unixReviewTime": 15}
+    files = {"meta_x.json": json_lines({"asin": "B1", "title": "x"}), "x.json": json_lines(good, 1)}
+    log, rows = skipped(amazon, put(tmp_path, **files), tmp_path)
+    assert (len(log), len(rows)) == (1, 1)
+
+
 CSV = "user_id,history_item_title,item_title,history_item_id,item_id,history_item_sid,item_sid\n"
 
 
@@ -463,6 +509,7 @@ def test_amazon_csv_rejects_bad_rows_and_asks_which_of_several_sets(tmp_path):
             + csv_row("A", [0], 0)
             + csv_row("A", [0, 9], 0)
             + "A,[],t,what,0,x,y\n"
+            + "A,[],t,{[]: 1},0,x,y\n"
             + csv_row("A", [0], 8),
             "T_info.txt": "<a>\tThing\t0\nno tabs\n",
         },
@@ -474,6 +521,7 @@ def test_amazon_csv_rejects_bad_rows_and_asks_which_of_several_sets(tmp_path):
         ("T_train.csv", 3),
         ("T_train.csv", 4),
         ("T_train.csv", 5),
+        ("T_train.csv", 6),
     ]
     put(tmp_path, **{"U_info.txt": "<a>\tThing\t0\n"})
     with pytest.raises(DataError, match=r"found 2 \(T, U\); give the path of one CSV file"):
@@ -618,14 +666,16 @@ def test_lists_reject_bad_lists_with_line_and_reason(tmp_path):
         ready(history="A::"),
         ready(items=("D", 3)),
         "text",
+        ready(selection="\ud800"),
+        {"\ud800": 1},
     ]
     path = tmp_path / "x.json"
     path.write_text("[\n" + ",\n".join(json.dumps(row) for row in [*bad, ready()]) + "\n]\n")
     with pytest.raises(DataError, match=r"x\.json:2: 'C' occurs twice in itemList"):
         lists(path)
     log, rows = skipped(lists, path, tmp_path)
-    assert [i.slate_id for i in log.impressions] == ["x-8"]
-    assert [line for _, line, _ in rows] == list(range(2, 10))
+    assert [i.slate_id for i in log.impressions] == ["x-10"]
+    assert [line for _, line, _ in rows] == list(range(2, 12))
     assert "trueSelection 'Z' is not in itemList" in rows[1][2]
 
 
@@ -640,6 +690,7 @@ def test_lists_reject_bad_lists_with_line_and_reason(tmp_path):
         ("[]\nmore", ":2: not valid JSON: text after the array"),
         ("[", "not valid JSON"),
         ("[" * 100_000, "nested too deeply"),
+        ("[" + "9" * 5000 + "]", "not valid JSON: Exceeds the limit"),
     ],
 )
 def test_a_file_that_is_no_json_array_is_an_error_even_when_skipping(tmp_path, text, message):
@@ -647,6 +698,20 @@ def test_a_file_that_is_no_json_array_is_an_error_even_when_skipping(tmp_path, t
     path.write_text(text)
     with pytest.raises(DataError, match=message):
         lists(path, on_error="skip")
+
+
+def test_a_candidate_that_occurs_twice_is_found_in_linear_time(tmp_path):
+    names = [f"N{i}" for i in range(100_000)]
+    time = "11/15/2019 8:00:00 AM"
+    shown = " ".join(f"{name}-0" for name in [*names, "N99999"])
+    files = {"news.tsv": NEWS, "behaviors.tsv": behaviors(("1", "U", time, "", shown))}
+    (tmp_path / "x.json").write_text(json.dumps([ready(items=(*names, "N99999"))]))
+    start = process_time()
+    with pytest.raises(DataError, match="'N99999' occurs twice"):
+        lists(tmp_path)
+    with pytest.raises(DataError, match="the impression shows 'N99999' twice"):
+        mind(put(tmp_path, **files))
+    assert process_time() - start < 5
 
 
 # All formats

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import tempfile
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -363,6 +364,59 @@ def test_invalid_utf8_in_parquet_costs_one_row(tmp_path):
     read = list(read_slates(path, on_error="skip", quarantine=rejects))
     assert [slate.slate_id for slate in read] == ["s-0", "s-2"]
     assert "s.parquet:2: a text of the row is not valid UTF-8" in rejects.examples[0]
+
+
+def test_maps_of_other_tools_that_are_no_texts_cost_one_row(tmp_path):
+    texts = pa.map_(pa.string(), pa.string())
+    numbers = pa.map_(pa.int64(), pa.string())
+    cases = [
+        (pa.array([[("a", "x"), ("a", "y")]], texts), "key 'a' occurs twice"),
+        (pa.array([[(1, "x")]], numbers), "the key 1 must be a text"),
+        (pa.array([[1, 2]]), "fields of item 'i' must be an object of texts, not"),
+        (pa.array([["ab"]]), "fields of item 'i' must be an object of texts, not"),
+        (pa.array([2**62], pa.timestamp("us")), "a value of the row cannot be read"),
+        (pa.array([[([1], "x")]], pa.map_(pa.list_(pa.int8()), pa.string())), "map of the row"),
+    ]
+    for fields, message in cases:
+        path = tmp_path / "items.parquet"
+        pq.write_table(pa.table([pa.array(["i"]), fields], names=["item_id", "fields"]), path)
+        with pytest.raises(DataError, match=rf"parquet:1: .*{message}"):
+            read_items(path)
+        assert read_items(path, on_error="skip", quarantine=tmp_path / "q.jsonl") == {}
+
+
+def test_a_feature_without_a_proper_name_is_an_error(tmp_path):
+    item = {"item_id": "i", "fields": {}, "features": {"\ud800": 1}}
+    with pytest.raises(DataError, match="features of item 'i' holds a lone surrogate"):
+        read_items(write_lines(tmp_path / "items.jsonl", item))
+
+
+@pytest.mark.parametrize("depth", [300, 900, 960, 980, 990, 1000, 3000])
+def test_json_nested_deeper_than_python_prints_is_an_error(tmp_path, depth):
+    nested = "[" * depth + "]" * depth
+    line = json.dumps(record(labels="NESTED")).replace('"NESTED"', nested)
+    with pytest.raises(DataError, match=r"labels has 1 numbers|nested too deeply"):
+        list(read_slates(write_lines(tmp_path / "s.jsonl", line + "\n")))
+    line = json.dumps(record(history=["NESTED"])).replace('"NESTED"', nested)
+    with pytest.raises(DataError, match=r"an item is an object|nested too deeply"):
+        list(read_slates(write_lines(tmp_path / "s.jsonl", line + "\n")))
+
+
+def test_a_key_that_occurs_twice_is_found_in_linear_time(tmp_path):
+    keys = ", ".join(f'"k{i}": 0' for i in range(200_000))
+    path = write_lines(tmp_path / "s.jsonl", f'{{{keys}, "k199999": 0}}\n')
+    start = time.process_time()
+    with pytest.raises(DataError, match="key 'k199999' occurs twice"):
+        list(read_slates(path))
+    assert time.process_time() - start < 5
+
+
+def test_a_label_beyond_float32_is_no_value_of_a_log(tmp_path):
+    path = write_lines(tmp_path / "s.jsonl", record(labels=[1e308, 0]))
+    assert len(list(read_slates(path))) == 1
+    with pytest.raises(DataError, match=r"slate 's1': value is 1e\+308"):
+        slates(path)
+    assert len(slates(path, on_error="skip").impressions) == 0
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -151,6 +151,10 @@ def _reject_csv(path: Path, reason: str, taken: list[tuple[int, str]], reject: R
 
 def _header(path: Path, cells: list[str], columns: Sequence[str]) -> list[str]:
     header = [cell.strip() for cell in cells]
+    if _ESCAPED.search("".join(header)):
+        raise DataError(
+            "the header is not valid UTF-8; convert the file to UTF-8", path=path, line=1
+        )
     missing = [column for column in columns if column not in header]
     if missing:
         raise DataError(

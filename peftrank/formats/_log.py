@@ -22,6 +22,9 @@ from peftrank.errors import ConfigError, DataError
 from peftrank.types import Item
 
 OnError = Literal["raise", "skip"]
+_LARGEST = float(np.finfo(np.float32).max)
+QUARANTINES = ("rejects", "quarantine")
+"""Files of these names, whatever the suffix, are no data: a reader may be writing them."""
 _ROW_CHARACTERS = 65_536
 """A rejected row is quoted in the quarantine file up to this length."""
 
@@ -162,15 +165,15 @@ class LogBuilder:
         """Appends one interaction.
 
         Raises:
-            ValueError: no such item, an empty user id or a negative value; nothing was appended.
+            ValueError: no such item, an empty user id or a value that `check_value` refuses;
+                nothing was appended.
         """
         item = self._item_codes.get(item_id)
         if item is None:
             raise ValueError(_no_item(item_id))
         if not user_id:
             raise ValueError("the user id is empty")
-        if not value >= 0:
-            raise ValueError(f"value is {value}, expected at least 0")
+        check_value(value)
         self._user.append(self._user_codes.setdefault(user_id, len(self._user_codes)))
         self._item.append(item)
         self._timestamp.append(timestamp)
@@ -211,6 +214,12 @@ class LogBuilder:
             impressions=self.impressions,
             rejects=rejects,
         )
+
+
+def check_value(value: float) -> None:
+    """Raises ValueError unless the column of values can hold it: at least 0, and a float32."""
+    if not 0 <= value <= _LARGEST:
+        raise ValueError(f"value is {value}, expected at least 0 and at most {_LARGEST:g}")
 
 
 def _no_item(item_id: str) -> str:

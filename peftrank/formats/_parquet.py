@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from peftrank.errors import DataError
 from peftrank.files import replacing
+from peftrank.formats._json import unique_keys
 from peftrank.formats._log import Reject
 
 _ROWS = 512
@@ -100,23 +101,31 @@ def _rows(
 ) -> Iterator[dict[str, Any] | None]:
     try:
         rows = batch.to_pylist()
-    except UnicodeDecodeError:
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         if batch.num_rows > 1:
             for place in range(batch.num_rows):
                 yield from _rows(batch.slice(place, 1), path, before + place, reject)
             return
-        reject(path, before + 1, "a text of the row is not valid UTF-8", "")
+        reason = f"a value of the row cannot be read: {error}"  # a date beyond the year 9999
+        if isinstance(error, UnicodeDecodeError):
+            reason = "a text of the row is not valid UTF-8"
+        reject(path, before + 1, reason, "")
         yield None
         return
-    for row in rows:
-        yield {name: _unmapped(name, value) for name, value in row.items()}
+    for place, row in enumerate(rows, 1):
+        try:
+            record = {name: _unmapped(name, value) for name, value in row.items()}
+        except (TypeError, ValueError) as error:
+            reject(path, before + place, f"a map of the row cannot be read: {error}", repr(row))
+            record = None
+        yield record
 
 
 def _unmapped(name: str, value: Any) -> Any:  # noqa: ANN401 - any Arrow value
     """Returns the value with maps (lists of pairs) as dicts, in nested items too."""
-    if name in _MAPS and isinstance(value, list):
-        return dict(value)
     if isinstance(value, list):
+        if name in _MAPS and all(isinstance(pair, tuple) for pair in value):
+            return unique_keys(value)
         return [_unmapped("", part) for part in value]
     if isinstance(value, dict):
         # A struct has all keys in all rows; null is how it says that one is absent.

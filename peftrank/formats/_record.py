@@ -149,6 +149,8 @@ def _texts(value: Any, name: str) -> dict[str, str]:  # noqa: ANN401
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be an object of texts, not {_shown(value)}")
     for key, text in value.items():
+        if not isinstance(key, str):  # a map of another tool's Parquet file
+            raise ValueError(f"{name}: the key {key!r} must be a text")
         if not isinstance(text, str):
             raise ValueError(f"{name}: {key!r} must be a text, not {_shown(text)}")
         _check_unicode(key, name)
@@ -174,6 +176,9 @@ def _features(value: Any, item_id: str) -> dict[str, float]:  # noqa: ANN401
             f"features of item {item_id!r} must be an object of numbers, not {_shown(value)}"
         )
     for key, number in value.items():
+        if not isinstance(key, str):
+            raise ValueError(f"features of item {item_id!r}: the key {key!r} must be a text")
+        _check_unicode(key, f"features of item {item_id!r}")
         if number is None:
             raise ValueError(
                 f"feature {key!r} of item {item_id!r} is null; leave an unknown feature out"
@@ -225,5 +230,8 @@ def _plain_number(number: float) -> float:
 def _shown(value: Any) -> str:  # noqa: ANN401
     if value is None:
         return "null"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:  # JSON may nest deeper than Python prints
+        return "a value nested too deeply"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import ast
 import html
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from peftrank.errors import DataError
+from peftrank.formats._json import check_characters, json_value
 from peftrank.formats._lines import csv_rows, text_lines
 from peftrank.formats._log import (
+    QUARANTINES,
     Log,
     LogBuilder,
     OnError,
@@ -76,21 +77,22 @@ def _json_log(path: Path, reject: Reject) -> LogBuilder:
                 year = _release(record, {year: names[:1] for year, names in _METADATA.items()})
                 names = _METADATA[year]
                 _add_product(items, *(_text(record.get(name)) for name in names))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 reject(file, line, str(error), text)
     log = LogBuilder(items)
     for file in reviews:
         for line, text in text_lines(file, reject):
             try:
                 _add_review(log, _object(text))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 reject(file, line, str(error), text)
     return log
 
 
 def _json_files(path: Path) -> tuple[list[Path], list[Path]]:
     folder = path if path.is_dir() else path.parent
-    files = sorted(p for p in folder.iterdir() if p.name.endswith(_JSON) and p.is_file())
+    named = (p for p in folder.iterdir() if p.name.endswith(_JSON) and p.is_file())
+    files = sorted(p for p in named if p.name.split(".")[0] not in QUARANTINES)
     metadata = [p for p in files if p.name.startswith("meta")]
     reviews = [p for p in files if not p.name.startswith("meta")]
     if path.is_file():
@@ -109,12 +111,8 @@ def _json_files(path: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _object(text: str) -> dict[str, Any]:
-    try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("nested too deeply for JSON") from None
+    record = json_value(text)
+    check_characters(text, record)
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, not {type(record).__name__}")
     return record
@@ -201,7 +199,7 @@ def _order(path: Path) -> tuple[int, str]:
 def _ids(text: str) -> list[str]:
     try:
         values = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         values = None
     if not isinstance(values, list) or not all(isinstance(v, int | str) for v in values):
         raise ValueError(f"history_item_id is {text!r}, expected a list of ids as [1, 2]")

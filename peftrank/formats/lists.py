@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peftrank.errors import DataError
+from peftrank.formats._json import check_characters, first_twice
 from peftrank.formats._log import Impression, Log, LogBuilder, OnError, Reject, Rejects, row_errors
 from peftrank.types import Item
 
@@ -60,8 +61,9 @@ def _read(path: Path, reject: Reject) -> Iterator[Impression]:
     met: tuple[str, ...] = ()
     for position, (line, text, value) in enumerate(_elements(path)):
         try:
+            check_characters(text, value)
             history, candidates, labels = _list(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             reject(path, line, str(error), text)
             continue
         name = f"{path.stem}-{position}"
@@ -90,8 +92,10 @@ def _elements(path: Path) -> Iterator[_Row]:
             value, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise DataError(f"not valid JSON: {error.msg}", path=path, line=error.lineno) from None
+        except ValueError as error:  # a number of thousands of digits
+            raise DataError(f"not valid JSON: {error}", path=path, line=line) from None
         except RecursionError:
-            raise DataError("nested too deeply for JSON", path=path, line=line) from None
+            raise DataError("not valid JSON: nested too deeply", path=path, line=line) from None
         yield line, text[at:end], value
         line += text.count("\n", at, end)
         at, line = _skip(text, end, line)
@@ -115,7 +119,7 @@ def _skip(text: str, at: int, line: int) -> tuple[int, int]:
 
 def _list(value: Any) -> tuple[tuple[str, ...], tuple[str, ...], tuple[float, ...]]:  # noqa: ANN401
     if not isinstance(value, dict) or set(value) != _KEYS:
-        keys = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+        keys = ", ".join(map(repr, value)) if isinstance(value, dict) else type(value).__name__
         raise ValueError(f"expected exactly the keys {', '.join(sorted(_KEYS))}, not {keys}")
     history, candidates, selection = (
         value["historyList"],
@@ -129,8 +133,7 @@ def _list(value: Any) -> tuple[tuple[str, ...], tuple[str, ...], tuple[float, ..
     titles = history.split("::") if history else []
     if not candidates or not all(title.strip() for title in (*titles, *candidates)):
         raise ValueError("a title is empty, or itemList is")
-    if len(set(candidates)) < len(candidates):
-        twice = next(c for i, c in enumerate(candidates) if c in candidates[:i])
+    if (twice := first_twice(candidates)) is not None:
         raise ValueError(f"{twice!r} occurs twice in itemList")
     if selection not in candidates:
         raise ValueError(f"trueSelection {selection!r} is not in itemList")

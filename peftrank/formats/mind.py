@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from peftrank.errors import DataError
+from peftrank.formats._json import first_twice
 from peftrank.formats._lines import text_lines
 from peftrank.formats._log import (
     Impression,
@@ -141,8 +142,7 @@ def _shown(tokens: list[str]) -> tuple[tuple[str, ...], tuple[float, ...] | None
         raise ValueError(f"{token!r} has no -0 or -1 at its end, though others of the row have")
     labels = tuple(float(token[-1]) for token in tokens) if all(clicked) else None
     candidates = tuple(token[:-2] for token in tokens) if labels else tuple(tokens)
-    if len(set(candidates)) < len(candidates):
-        twice = next(c for i, c in enumerate(candidates) if c in candidates[:i])
+    if (twice := first_twice(candidates)) is not None:
         raise ValueError(f"the impression shows {twice!r} twice")
     return candidates, labels
 

@@ -14,8 +14,11 @@ from typing import Any
 
 from peftrank.errors import ConfigError, DataError
 from peftrank.files import writing
+from peftrank.formats._json import json_value
+from peftrank.formats._json import unique_keys as unique_keys
 from peftrank.formats._lines import text_lines
 from peftrank.formats._log import (
+    QUARANTINES,
     Impression,
     Log,
     LogBuilder,
@@ -23,6 +26,7 @@ from peftrank.formats._log import (
     Reject,
     Rejects,
     add_item,
+    check_value,
     row_errors,
 )
 from peftrank.formats._parquet import ITEMS, SLATES, parquet_records, write_parquet
@@ -50,7 +54,7 @@ __all__ = [
 ]
 _JSON = (".jsonl", ".jsonl.gz")
 _SUFFIXES = (*_JSON, ".parquet")
-_NOT_SLATES = ("items", "rejects", "quarantine")
+_NOT_SLATES = ("items", *QUARANTINES)
 _Items = Path | str | Mapping[str, Item]
 
 
@@ -72,6 +76,8 @@ def slates(path: Path, *, on_error: OnError = "raise", rejects: Rejects | None =
         try:
             for item in (*slate.history, *slate.candidates):
                 add_item(items, item.item_id, item.fields)
+            for label in slate.labels or ():
+                check_value(label)
         except ValueError as error:
             reject(Path(path), None, f"slate {slate.slate_id!r}: {error}", slate.slate_id)
             continue
@@ -219,25 +225,11 @@ def _records(
         return
     for line, text in text_lines(path, reject):
         try:
-            record = json.loads(text, object_pairs_hook=unique_keys)
-        except json.JSONDecodeError as error:
-            reject(path, line, f"not valid JSON: {error.msg} at column {error.colno}", text)
+            record = json_value(text)
         except ValueError as error:
-            reject(path, line, f"not valid JSON: {error}", text)
-        except RecursionError:
-            reject(path, line, "not valid JSON: nested too deeply", text)
+            reject(path, line, str(error), text)
         else:
             yield line, text, record
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns a JSON object's pairs as a dict; raises ValueError if a key occurs twice."""
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for place, key in enumerate(keys) if key in keys[:place])
-        raise ValueError(f"key {twice!r} occurs twice in one object")
-    return record
 
 
 def slate_files(path: Path) -> list[Path]:
