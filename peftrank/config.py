@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from peftrank import plugins
 from peftrank.errors import ConfigError
@@ -23,10 +25,11 @@ _CONFIGS = next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") i
 DOMAIN_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 """A domain names a folder of the store, so it holds no dot and no separator."""
 PARTS = ("preamble", "history", "question", "candidate", "answer")
+_LARGEST_INT = 2**63 - 1
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class _Named(BaseModel):
@@ -198,8 +201,10 @@ def load_config(
         values["domain"] = domain
     if method is not None:
         known = plugins.option_names("methods", method)
-        kept = {k: v for k, v in (values.get("method") or {}).items() if k in known}
-        values["method"] = {"name": method, **kept}
+        given = values.get("method") or {}
+        if isinstance(given, dict):  # anything else is refused below
+            kept = {k: v for k, v in given.items() if k in known}
+            values["method"] = {"name": method, **kept}
     for key, value in (overrides or {}).items():
         _set(values, key, value)
     try:
@@ -220,10 +225,10 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
     pairs = {}
     for text in texts:
         key, separator, value = text.partition("=")
-        if not separator or not key.strip():
+        if not separator or not key.strip() or not key.isprintable():
             raise ConfigError(f"--set takes key=value, not {text!r}. Example: training.epochs=1")
         try:
-            pairs[key.strip()] = yaml.safe_load(value)
+            pairs[key.strip()] = _yaml(value)
         except yaml.YAMLError as error:
             _, reason = _yaml_reason(error)
             raise ConfigError(
@@ -249,7 +254,7 @@ def _read(path: Path | str | None, domain: str | None) -> tuple[str, dict[str, A
         path = _CONFIGS / f"{domain}.yaml"
     source = Path(path)
     try:
-        values = yaml.safe_load(source.read_text(encoding="utf-8"))
+        values = _yaml(source.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {source}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -263,6 +268,40 @@ def _read(path: Path | str | None, domain: str | None) -> tuple[str, dict[str, A
             f"{source} holds {shown}; expected configuration keys, at least `domain: <name>`"
         )
     return str(source), values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, and with an error of its own for every value that cannot be made."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            # A few lines of them may stand for more text than fits in any memory.
+            raise ComposerError(
+                None,
+                None,
+                "aliases (*name) are not read; write the value out, or put a text in quotes",
+                self.peek_event().start_mark,  # type: ignore[no-untyped-call]
+            )
+        return super().compose_node(parent, index)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: ANN401
+        try:
+            value = super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            what = repr(node.value)[:60] if isinstance(node, yaml.ScalarNode) else "the value"
+            reason = f"{what} cannot be read as {node.tag.rpartition(':')[2]}; quote a text"
+            raise ConstructorError(None, None, reason, node.start_mark) from None
+        if isinstance(value, int) and abs(value) > _LARGEST_INT:
+            raise ConstructorError(None, None, "the number is too large", node.start_mark)
+        return value
+
+
+def _yaml(text: str) -> Any:  # noqa: ANN401 - any YAML value
+    """Returns what a YAML text holds; raises yaml.YAMLError for anything that is wrong with it."""
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
 
 
 def _yaml_reason(error: yaml.YAMLError) -> tuple[int, str]:

@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,50 @@ def test_an_override_below_a_plain_value_is_refused():
 def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
     with pytest.raises(ConfigError, match=r"mine\.yaml"):
         load_config(_file(tmp_path, text))
+
+
+UNREADABLE = {
+    "2020-13-45": "'2020-13-45' cannot be read as timestamp",
+    "!!int ''": "'' cannot be read as int",
+    "!!bool x": "'x' cannot be read as bool",
+    "!!timestamp x": "'x' cannot be read as timestamp",
+    "0x" + "f" * 5000: "too large",
+    "9" * 5000: "cannot be read as int",
+    "[" * 2000: "nested too deeply",
+    "&a [*a]": "aliases .* are not read",
+}
+
+
+@pytest.mark.parametrize("value", UNREADABLE, ids=lambda value: value[:20])
+def test_a_value_that_yaml_cannot_make_is_an_error_with_its_line(tmp_path, value):
+    with pytest.raises(ConfigError, match=UNREADABLE[value]):
+        parse_overrides([f"seed={value}"])
+    with pytest.raises(ConfigError, match=rf"mine\.yaml:[12]: .*{UNREADABLE[value]}"):
+        load_config(_file(tmp_path, f"domain: mine\nseed: {value}\n"))
+
+
+def test_aliases_that_stand_for_more_than_fits_in_memory_are_refused_at_once(tmp_path):
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefghijkl")]
+    with pytest.raises(ConfigError, match=r"mine\.yaml:2: .*aliases"):
+        load_config(_file(tmp_path, "\n".join(lines)))
+
+
+def test_a_method_that_is_no_section_is_refused_with_another_method_too(tmp_path):
+    path = _file(tmp_path, "domain: mine\nmethod: lora\n")
+    for method in (None, "adapter"):
+        with pytest.raises(ConfigError, match="key 'method' is a section of keys, not 'lora'"):
+            load_config(path, method=method)
+
+
+def test_a_number_that_is_not_finite_is_refused():
+    with pytest.raises(ConfigError, match=r"'training\.learning_rate'.*finite"):
+        load_config(domain="news", overrides=parse_overrides(["training.learning_rate=.inf"]))
+
+
+def test_a_key_that_cannot_be_printed_is_refused():
+    with pytest.raises(ConfigError, match=r"--set takes key=value, not 'se\\udcffd=1'"):
+        parse_overrides(["se\udcffd=1"])
 
 
 def test_a_missing_file_is_named(tmp_path):
