@@ -275,9 +275,19 @@ def test_a_candidate_without_text_is_an_error_naming_it(tokenizer):
         ("candidate", "{{ title }}{{ position }}", "'candidate'.*'position'"),
         ("question", "{{ title }}", "'question'.*'title'"),
         ("preamble", "{{ user_id }}", "'preamble'.*'user_id'"),
-        ("preamble", "{{ range(3) }}", "'preamble'.*'range'"),
+        ("preamble", "{{ range(3) }}", "'preamble'.*no loops, calls"),
         ("question", "{% if %}", "'question', line 1"),
         ("question", "{{ 1 | nonsense }}", "'question'.*nonsense"),
+        ("question", "{{ 'a' | center(9999999999) }}", "No filter named 'center'"),
+        ("question", "{% set x = context.update({'a': 1}) %}", "no loops, calls, assignments"),
+        ("question", "{% include 'other' %}", "'question', line 1: Include is not for prompts"),
+        ("candidate", "{% for c in title %}{{ c }}{% endfor %}", "line 1: For is not for prompts"),
+        ("question", "{{ 'a' * 10000000000 }}", "Mul is not for prompts"),
+        ("question", "{{ 9 ** 9 ** 9 ** 9 }}", "Pow is not for prompts"),
+        ("question", "{{ '%1000000000d' % 1 }}", "Mod is not for prompts"),
+        ("question", "a\n\ud800", r"line 2: U\+D800 may stand in no prompt"),
+        ("question", "\x02", r"U\+0002 may stand in no prompt"),
+        ("question", r"{{ '\ud800' }}", "escape of no character"),
         ("candidate", "fixed", "'candidate' uses no item field"),
         ("nonsense", "", "unknown prompt part 'nonsense'"),
     ],
@@ -287,14 +297,45 @@ def test_a_wrong_part_is_an_error_when_the_template_is_built(tokenizer, part, so
         build(tokenizer, parts=PARTS | {part: source})
 
 
+LARGE = {
+    "too many names": ("{{ title }}" * 101, "102 names are used, at most 100"),
+    "too long": ("x" * 100_000, "has 1000.. characters"),
+    "too many blocks": ("{% if 1 %}" * 200 + "{% endif %}" * 200, "cannot be compiled: too many"),
+    "too deep": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "cannot be compiled"),
+    "too many digits": ("{{ " + "9" * 5000 + " }}", "cannot be compiled: Exceeds the limit"),
+    "too long a text": (f"{{{{ title | replace('', '{'x' * 99_000}') }}}}", "a text too long"),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_a_part_that_would_take_much_time_or_memory_is_refused(tokenizer, make_slate, case):
+    source, named = LARGE[case]
+    with pytest.raises(ConfigError, match=f"'candidate'.*{named}"):
+        build(tokenizer, parts=PARTS | {"candidate": "{{ title }}" + source}).tree(make_slate())
+
+
+def test_what_prompts_need_of_jinja_is_there(tokenizer):
+    source = (
+        "{{ title[0:3] | upper }}{{ title | replace('o', '0') ~ '!' }} {{ context['a b'] | trim }}"
+        "{% if position is divisibleby 2 or not (feedback + 1) / 2 > 2 %} {{ feedback | round(1) }}"
+        "{% elif title in ('x', 'fog') and position == 1 %}<{{ -position }}>{% else %}?{% endif %}"
+        "{{ '.' if brand | default('', true) | length else '' }}"
+    )
+    template = build(tokenizer, fields=("title", "brand"), parts=PARTS | {"history": source})
+    slate = slate_of("c", history=("fog", "owl"), context={"a b": " x "})
+    rated = replace(slate, history_feedback=(4.0, 2.56))
+    assert texts(template, rated)[1:3] == ["FOGf0g! x<-1>", "OWL0wl! x 2.6"]
+
+
 @pytest.mark.parametrize(
     "source",
     [
         "{{ context.query }}",
         "{{ ''.__class__.__mro__ }}",
-        "{{ context.__class__.__base__.__subclasses__() }}",
-        "{% set x = context.update({'a': 1}) %}",
-        "{% include 'other' %}",
+        "{{ context['__class__'] }}",
+        "{{ context.update }}",
+        "{{ 'ab'.upper }}",
+        "{{ 1 / 0 }}",
     ],
 )
 def test_a_part_that_fails_on_a_slate_is_an_error_naming_it(tokenizer, make_slate, source):
