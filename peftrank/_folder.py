@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import stat
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 
 import safetensors.torch
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from peftrank.methods._sites import bottleneck_sites
 from peftrank.peft_files import AdapterFiles, check_tensors, ia3_factors, lora_layers
 
 FORMAT_VERSION = 1
+_WEIGHTS = ".safetensors"
 MANIFEST = "peftrank.json"
 HASHED = ("README.md", "adapter_config.json", "adapter_model.safetensors", "readout.safetensors")
 _AGAIN = "Copy the adapter again from where it came, or activate another version."
@@ -50,6 +53,24 @@ _KEYS: Mapping[tuple[str, ...], type] = {
     ("created",): str,
     ("files",): dict,
 }
+_SMALL = 2**24
+"""Bytes that a file of text may have."""
+_LARGEST_INT = 2**63 - 1
+
+
+class _Prompt(BaseModel):
+    """What keys of a manifest's prompt hold if they are there; others are left to the template."""
+
+    model_config = ConfigDict(strict=True)
+    parts: dict[str, str] = {}
+    mode: str = ""
+    fields: list[str] = []
+    history_length: int = Field(0, ge=0)
+    item_tokens: int = Field(1, ge=1)
+    max_tokens: int = Field(1, ge=1)
+    chat: str = ""
+    turn: str = ""
+    max_depth: int | None = Field(None, ge=1)
 
 
 def write(path: Path, domain: str, files: AdapterFiles, card: str) -> None:
@@ -83,8 +104,9 @@ def read(path: Path) -> AdapterFiles:
         AdapterError: the folder is missing, incomplete, damaged, changed or holds other files.
     """
     _check_names(path)
-    manifest = _parse(path / MANIFEST, _read(path / MANIFEST))
+    manifest = _parse(path / MANIFEST, _read(path / MANIFEST, most=_SMALL))
     _check_manifest(path, manifest)
+    _check_prompt(path, manifest["prompt"])
     content = {name: _verified(path / name, manifest["files"][name]) for name in HASHED}
     config = _parse(path / "adapter_config.json", content["adapter_config.json"])
     tensors = _deserialize(path / "adapter_model.safetensors", content["adapter_model.safetensors"])
@@ -173,7 +195,18 @@ def _check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
             raise AdapterError(f"{path / MANIFEST}: 'files.{name}' must hold sha256 and bytes")
 
 
+def _check_prompt(path: Path, prompt: Mapping[str, Any]) -> None:
+    try:
+        _Prompt.model_validate(prompt)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in ("prompt", *first["loc"]))
+        raise AdapterError(f"{path / MANIFEST}: key {key!r}: {first['msg']}") from None
+
+
 def _check_bottleneck(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    if not isinstance(config.get("activation"), str):
+        raise AdapterError(f"activation is {config.get('activation')!r}, not a name")
     for site in bottleneck_sites(config, tensors):
         shapes = [tuple(tensors[name].shape) for name in site.names]
         size = tensors[site.names[1]].numel()
@@ -186,11 +219,7 @@ def _check_bottleneck(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
 
 
 def _verified(path: Path, entry: Mapping[str, Any]) -> bytes:
-    data = _read(path)
-    if len(data) != entry["bytes"]:
-        raise AdapterError(
-            f"{path} has {len(data)} bytes; {MANIFEST} says {entry['bytes']}. {_AGAIN}"
-        )
+    data = _read(path, listed=entry["bytes"], most=None if path.suffix == _WEIGHTS else _SMALL)
     found = _entry(data)["sha256"]
     if found != entry["sha256"]:
         raise AdapterError(
@@ -200,14 +229,22 @@ def _verified(path: Path, entry: Mapping[str, Any]) -> bytes:
     return data
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, *, listed: int | None = None, most: int | None = None) -> bytes:
+    """Returns a file's bytes; its size is checked before anything is read."""
     try:
         # O_NOFOLLOW: a link put here after the names were checked is not followed.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
         with os.fdopen(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode):
                 raise AdapterError(f"{path} is no regular file")
-            return file.read()
+            if listed is not None and found.st_size != listed:
+                raise AdapterError(
+                    f"{path} has {found.st_size} bytes; {MANIFEST} says {listed}. {_AGAIN}"
+                )
+            if most is not None and found.st_size > most:
+                raise AdapterError(f"{path} has {found.st_size} bytes; at most {most} are read")
+            return file.read(found.st_size)
     except OSError as error:
         raise AdapterError(f"cannot read {path}: {error.strerror}") from error
 
@@ -232,12 +269,26 @@ def _listed(value: object) -> list[Any]:
 
 def _parse(path: Path, data: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(data, parse_constant=_refuse_constant)
+        values = json.loads(
+            data, parse_int=_int, parse_float=_float, parse_constant=_refuse_constant
+        )
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not valid JSON: {error}. {_AGAIN}") from error
     if not isinstance(values, dict):
         raise AdapterError(f"{path} must hold a JSON object")
     return values
+
+
+def _int(text: str) -> int:
+    if abs(number := int(text)) > _LARGEST_INT:
+        raise ValueError(f"{text[:20]}... is too large a number")
+    return number
+
+
+def _float(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return number
 
 
 def _refuse_constant(name: str) -> NoReturn:

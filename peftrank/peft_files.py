@@ -20,6 +20,8 @@ from peftrank.methods._patterns import MOST_REPEATS, endless, matches
 PREFIX = "base_model.model."
 """PEFT puts this before a module's path in the base model."""
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LONGEST_PATH = 256
 # LoRA variants that change the forward pass and that nothing here computes.
 _VARIANTS = (
     "alora_invocation_tokens",
@@ -95,9 +97,15 @@ def lora_layers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
                 f"tensor {key!r} is no part of a LoRA layer. Expected names such as "
                 f"'{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight'."
             )
+        if len(match[1]) > _LONGEST_PATH:  # patterns are matched against it
+            raise AdapterError(
+                f"tensor {key[:80]!r}... names a module of {len(match[1])} characters; at most "
+                f"{_LONGEST_PATH} are read"
+            )
         part = match[2].removesuffix(".weight") if "magnitude" in match[2] else match[2]
         parts.setdefault(match[1], {})[part] = tensor
-    return {path: _layer(config, path, found) for path, found in parts.items()}
+    ranks, alphas = (_patterns(config, name) for name in ("rank_pattern", "alpha_pattern"))
+    return {path: _layer(config, path, found, ranks, alphas) for path, found in parts.items()}
 
 
 def ia3_factors(
@@ -143,20 +151,31 @@ def lora_ranks(layers: Mapping[str, LoraLayer]) -> dict[str, dict[str, int]]:
 
 
 def check_tensors(tensors: Mapping[str, Tensor], file: str) -> None:
-    """Raises AdapterError unless every tensor is floating point and finite."""
+    """Raises AdapterError unless every tensor is floating point of 16 bits or more, and finite."""
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise AdapterError(f"{file}: tensor {key!r} is {tensor.dtype}, not floating point")
+        if tensor.dtype not in _DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            raise AdapterError(
+                f"{file}: tensor {key!r} is {tensor.dtype}, not floating point as {known}"
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{file}: tensor {key!r} holds NaN or infinite values")
 
 
-def _layer(config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor]) -> LoraLayer:
+def _layer(
+    config: Mapping[str, Any],
+    path: str,
+    parts: Mapping[str, Tensor],
+    ranks: Mapping[str, Any],
+    alphas: Mapping[str, Any],
+) -> LoraLayer:
     try:
         a, b = parts["lora_A.weight"], parts["lora_B.weight"]
     except KeyError as error:
         raise AdapterError(f"the LoRA layer {path!r} has no {error.args[0]}") from None
-    r = _by_pattern(config, "rank_pattern", path, config.get("r"))
+    r = _by_pattern(ranks, path, config.get("r"))
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        raise AdapterError(f"the rank of {path!r} is {r!r}; expected a whole number of at least 1")
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] != r:
         raise AdapterError(
             f"the LoRA layer {path!r} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}; "
@@ -173,24 +192,30 @@ def _layer(config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor]) ->
             raise AdapterError(
                 f"{name} of {path!r} has shape {tuple(vector.shape)}, not ({len(b)},)"
             )
-    alpha = _by_pattern(config, "alpha_pattern", path, config.get("lora_alpha"))
+    alpha = _by_pattern(alphas, path, config.get("lora_alpha"))
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise AdapterError(f"lora_alpha of {path!r} is {alpha!r}, not a number")
     scale = alpha / (r**0.5 if config.get("use_rslora") else r)
     return LoraLayer(a, b, scale, bias, magnitude)
 
 
-def _by_pattern(config: Mapping[str, Any], name: str, path: str, default: Any) -> Any:  # noqa: ANN401
-    # The first pattern that matches decides, as in PEFT.
-    for pattern, value in (config.get(name) or {}).items():
+def _patterns(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    given = config.get(name) or {}
+    if not isinstance(given, dict):
+        raise AdapterError(f"{name} is {given!r}; expected an object of patterns")
+    for pattern in given:
         if endless(pattern):  # a stranger's, and it is tried on every module's path
             raise AdapterError(
                 f"{name} holds {pattern!r}, which may take for ever to match. Patterns repeat at "
                 f"most {MOST_REPEATS} things, and no group."
             )
         try:
-            if matches(pattern, path):
-                return value
-        except re.error as error:
+            matches(pattern, "")
+        except (re.error, OverflowError, RecursionError) as error:
             raise AdapterError(f"{name} holds {pattern!r}, no valid pattern: {error}") from None
-    return default
+    return given
+
+
+def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:  # noqa: ANN401
+    # The first pattern that matches decides, as in PEFT.
+    return next((value for pattern, value in patterns.items() if matches(pattern, path)), default)

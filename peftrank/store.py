@@ -7,6 +7,7 @@ one. `<store>/<domain>/ACTIVE` names the version in use. This file knows nothing
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 _VERSION = re.compile(r"[0-9]{4,9}")
 _ACTIVE = "ACTIVE"
+_LONGEST = 100
+"""Characters of ACTIVE that are read; a version has at most nine."""
 
 
 def save_adapter(
@@ -115,7 +118,7 @@ def resolve(source: str | Path, store: Path = Path("adapters")) -> Path:
         if current is None:
             raise AdapterError(f"no version of {name!r} in {store} is active. {_have(store, name)}")
         return Path(store) / name / current
-    if Path(source).is_dir():
+    if _is_folder(Path(source)):
         return Path(source)
     known = domains(store)
     raise AdapterError(
@@ -148,7 +151,10 @@ def active(store: Path, domain: str) -> str | None:
     """
     path = Path(store) / check_domain(domain) / _ACTIVE
     try:
-        version = path.read_text(encoding="utf-8").strip()
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise AdapterError(f"{path} is no regular file; expected one that names a version")
+        with path.open(encoding="utf-8") as file:
+            version = file.read(_LONGEST).strip()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -213,6 +219,13 @@ def diff(path_a: Path, path_b: Path) -> dict[str, Any]:
     return {"config": config, "modules": modules}
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name longer than names may be
+        return False
+
+
 def _have(store: Path, domain: str) -> str:
     return f"Versions: {', '.join(versions(store, domain)) or 'none'}."
 
@@ -256,18 +269,48 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _updates(files: AdapterFiles) -> dict[str, Tensor]:
-    readout = {f"readout.{name}": tensor.float() for name, tensor in files.readout.items()}
-    if files.peft_config["peft_type"] != "LORA":
-        return {**{name: tensor.float() for name, tensor in files.tensors.items()}, **readout}
-    layers = lora_layers(files.peft_config, files.tensors)
-    return {**{path: layer.delta() for path, layer in layers.items()}, **readout}
+_Update = tuple[Tensor, Tensor | None]
+"""A weight, None; or the factors left (outputs, r) and right (r, inputs) of one, float64."""
 
 
-def _norms(a: Tensor | None, b: Tensor | None) -> dict[str, float | None]:
-    same_shape = a is not None and b is not None and a.shape == b.shape
+def _updates(files: AdapterFiles) -> dict[str, _Update]:
+    plain = {f"readout.{name}": tensor for name, tensor in files.readout.items()}
+    factors: dict[str, _Update] = {}
+    if files.peft_config["peft_type"] == "LORA":
+        layers = lora_layers(files.peft_config, files.tensors)
+        for path, layer in layers.items():
+            factors[path] = layer.scale * layer.b.double(), layer.a.double()
+    else:
+        plain |= files.tensors
+    return factors | {name: (tensor.double(), None) for name, tensor in plain.items()}
+
+
+def _norms(a: _Update | None, b: _Update | None) -> dict[str, float | None]:
+    comparable = a is not None and b is not None and _shape(a) == _shape(b)
     return {
-        "a": None if a is None else float(torch.linalg.vector_norm(a)),
-        "b": None if b is None else float(torch.linalg.vector_norm(b)),
-        "difference": float(torch.linalg.vector_norm(a - b)) if same_shape else None,  # type: ignore[operator]
+        "a": None if a is None else _norm(a),
+        "b": None if b is None else _norm(b),
+        "difference": _norm(_difference(a, b)) if comparable else None,  # type: ignore[arg-type]
     }
+
+
+def _shape(update: _Update) -> tuple[int, ...]:
+    left, right = update
+    return tuple(left.shape) if right is None else (left.shape[0], right.shape[1])
+
+
+def _norm(update: _Update) -> float:
+    """Returns the Frobenius norm; of factors, without their product, which may be huge."""
+    left, right = update
+    if right is not None:
+        # |Q R S' P'| = |R S'| for orthonormal Q and P.
+        left = torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T
+    return float(torch.linalg.vector_norm(left))
+
+
+def _difference(a: _Update, b: _Update) -> _Update:
+    if a[1] is None or b[1] is None:
+        return a[0] - b[0], None
+    if torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]):
+        return torch.zeros(1), None  # exactly, not but for rounding
+    return torch.cat((a[0], -b[0]), 1), torch.cat((a[1], b[1]), 0)

@@ -201,6 +201,40 @@ def test_a_link_is_refused_even_to_the_right_content(saved, tmp_path):
         store.load_adapter(saved)
 
 
+def test_an_active_file_that_is_a_link_or_endless_is_refused(saved, tmp_path):
+    active = tmp_path / "news" / "ACTIVE"
+    active.unlink()
+    active.symlink_to("/dev/zero")
+    with pytest.raises(AdapterError, match="ACTIVE is no regular file"):
+        store.active(tmp_path, "news")
+    active.unlink()
+    active.touch()
+    os.truncate(active, 2**40)
+    with pytest.raises(AdapterError, match="no version"):
+        store.active(tmp_path, "news")
+
+
+@pytest.mark.parametrize("name", [*_folder.HASHED, _folder.MANIFEST])
+def test_an_oversized_file_is_refused_before_it_is_read(saved, name):
+    os.truncate(saved / name, 2**42)
+    with pytest.raises(AdapterError, match=f"{name} has {2**42} bytes"):
+        store.load_adapter(saved)
+
+
+def test_a_listed_but_oversized_text_is_refused_before_it_is_read(saved):
+    manifest = json.loads((saved / "peftrank.json").read_text())
+    manifest["files"]["README.md"]["bytes"] = 2**42
+    edit_manifest(saved, files=manifest["files"])
+    os.truncate(saved / "README.md", 2**42)
+    with pytest.raises(AdapterError, match="at most 16777216 are read"):
+        store.load_adapter(saved)
+
+
+def test_a_name_longer_than_names_may_be_is_no_adapter(tmp_path):
+    with pytest.raises(AdapterError, match="neither a folder nor a domain"):
+        store.resolve("a" * 300, tmp_path)
+
+
 def test_a_linked_version_folder_is_not_a_version(saved, tmp_path):
     (tmp_path / "news" / "0002").symlink_to(saved)
     assert store.versions(tmp_path, "news") == ("0001",)
@@ -254,6 +288,46 @@ def test_a_shape_that_contradicts_the_configuration_is_refused(saved):
         store.load_adapter(saved)
 
 
+CONFIGS = {
+    "a rank of 0": ({"r": 0}, "rank of .* is 0"),
+    "a rank that is no number": ({"r": "4"}, "rank of .* is '4'"),
+    "patterns that are no object": ({"rank_pattern": ["q"]}, "rank_pattern is .*an object"),
+    "a pattern of too many": ({"alpha_pattern": {"a{99999999999}": 1}}, "no valid pattern"),
+    "a pattern too deep": ({"rank_pattern": {"(" * 2000 + ")" * 2000: 4}}, "no valid pattern"),
+    "an alpha too large": ({"lora_alpha": 10**400}, "too large a number"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_configuration_that_makes_no_sense_is_refused(saved, case):
+    changes, message = CONFIGS[case]
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **changes}
+    rewrite(saved, "adapter_config.json", json.dumps(config).encode())
+    with pytest.raises(AdapterError, match=message):
+        store.load_adapter(saved)
+
+
+def test_an_infinite_number_is_refused(saved):
+    rewrite(saved, "adapter_config.json", b'{"peft_type": "LORA", "r": 4, "lora_alpha": 1e999}')
+    with pytest.raises(AdapterError, match=r"1e999 is too large a number"):
+        store.load_adapter(saved)
+
+
+def test_a_module_named_longer_than_any_is_refused(saved):
+    path = "base_model.model." + "a" * 5000
+    tensors = {f"{path}.lora_A.weight": torch.ones(4, 8), f"{path}.lora_B.weight": torch.ones(8, 4)}
+    rewrite(saved, "adapter_model.safetensors", _folder._serialize(tensors))
+    with pytest.raises(AdapterError, match="a module of 5000 characters"):
+        store.load_adapter(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
+def test_weights_of_fewer_than_16_bits_or_complex_ones_are_refused(saved, dtype):
+    rewrite(saved, "readout.safetensors", _folder._serialize({"x": torch.ones(2).to(dtype)}))
+    with pytest.raises(AdapterError, match="not floating point as float32"):
+        store.load_adapter(saved)
+
+
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "ADALORA", None])
 def test_another_method_is_refused(saved, kind):
     rewrite(saved, "adapter_config.json", json.dumps({"peft_type": kind}).encode())
@@ -294,6 +368,12 @@ def test_a_manifest_that_is_no_json_object_is_refused(saved, text):
         ({"readout": {"name": 3}}, r"readout\.name"),
         ({"readout": {"name": "a", "options": {}, "feature_names": [1]}}, "feature_names"),
         ({"files": {}}, "must list"),
+        ({"prompt": {"parts": []}}, r"'prompt\.parts'.*dictionary"),
+        ({"prompt": {"parts": {"history": 3}}}, r"'prompt\.parts\.history'.*string"),
+        ({"prompt": {"fields": "title"}}, r"'prompt\.fields'.*list"),
+        ({"prompt": {"history_length": "20"}}, r"'prompt\.history_length'.*integer"),
+        ({"prompt": {"max_tokens": -1}}, r"'prompt\.max_tokens'.*at least|greater"),
+        ({"prompt": {"max_depth": {}}}, r"'prompt\.max_depth'.*integer"),
         ({"files": {name: {"sha256": 1} for name in _folder.HASHED}}, "sha256 and bytes"),
         ({"files": {**dict.fromkeys(_folder.HASHED), "../x": {}}}, "must list"),
     ],
@@ -439,6 +519,23 @@ def test_diff_gives_the_norm_of_the_difference_of_the_updates(tmp_path):
         expected
     )
     assert "readout.text.weight" in found["modules"]
+
+
+def test_diff_needs_no_memory_for_the_product_of_the_factors(tmp_path):
+    # The update of 200 000 x 200 000 would take 160 GB.
+    tensors = {
+        f"{PATH}.lora_A.weight": torch.ones(1, 200_000),
+        f"{PATH}.lora_B.weight": torch.ones(200_000, 1),
+    }
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 2}
+    paths = [
+        store.save_adapter(
+            tmp_path, "news", make_files(tensors=tensors, peft_config=config | more), card=""
+        )
+        for more in ({}, {"lora_alpha": 3})
+    ]
+    norms = store.diff(*paths)["modules"]["model.layers.0.self_attn.q_proj"]
+    assert norms == pytest.approx({"a": 400_000, "b": 600_000, "difference": 200_000})
 
 
 def test_diff_of_different_ranks_and_modules_works(tmp_path):
