@@ -85,8 +85,8 @@ def _app(arguments: Arguments, settings: ServeSettings) -> FastAPI:
     domains = None
     if arguments.domains is not None:
         domains = [name.strip() for name in arguments.domains.split(",")]
-    ranker = server._load(
-        server._wanted_base(arguments.store, domains, arguments.base, arguments.quantization),
+    ranker = server.load_ranker(
+        server.wanted_base(arguments.store, domains, arguments.base, arguments.quantization),
         device="auto",
         store=arguments.store,
         device_bytes=None,

@@ -82,10 +82,10 @@ def serve(
     set_up(log_level)
     listener = _listen(host, port)  # before anything that takes long
     with listener:
-        trained = _wanted_base(store, domains, base, quantization)
+        trained = wanted_base(store, domains, base, quantization)
         kept = None if history is None else open_history(history)
         make = functools.partial(
-            _load, trained, device=device, store=store, device_bytes=device_bytes,
+            load_ranker, trained, device=device, store=store, device_bytes=device_bytes,
             host_bytes=host_bytes,
         )  # fmt: skip
         app = create_app(make, settings, history=kept, domains=domains)
@@ -174,7 +174,7 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _wanted_base(
+def wanted_base(
     store: Path, domains: Sequence[str] | None, base: str | None, quantization: str | None
 ) -> dict[str, Any]:
     """Returns what `load_base` is told: the base asked for, else that of the first sound adapter.
@@ -203,7 +203,7 @@ def _wanted_base(
     return wanted if quantization is None else {**wanted, "quantization": quantization}
 
 
-def _load(
+def load_ranker(
     wanted: dict[str, Any],
     *,
     device: str,
@@ -211,6 +211,7 @@ def _load(
     device_bytes: int | None,
     host_bytes: int | None,
 ) -> Ranker:
+    """Returns a ranker on the base that `wanted` describes, with no domain loaded."""
     log(logging.INFO, "loading_base", base=wanted["name"])
     base = load_base(**wanted, device=device)
     return Ranker(base, store=store, device_bytes=device_bytes, host_bytes=host_bytes)
