@@ -26,6 +26,7 @@ DOMAIN_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 """A domain names a folder of the store, so it holds no dot and no separator."""
 PARTS = ("preamble", "history", "question", "candidate", "answer")
 _LARGEST_INT = 2**63 - 1
+_TEXT = "tag:yaml.org,2002:str"
 
 
 class _Section(BaseModel):
@@ -271,7 +272,7 @@ def _read(path: Path | str | None, domain: str | None) -> tuple[str, dict[str, A
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases, and with an error of its own for every value that cannot be made."""
+    """YAML without aliases, whose keys are texts that occur once, and whose errors have a line."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -283,6 +284,19 @@ class _Loader(yaml.SafeLoader):
                 self.peek_event().start_mark,  # type: ignore[no-untyped-call]
             )
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.tag != _TEXT:
+                shown = repr(key.value) if isinstance(key, yaml.ScalarNode) else "of many values"
+                reason = f"the key {shown} is no text; quote it"
+                raise ConstructorError(None, None, reason, key.start_mark)
+            if key.value in seen:
+                reason = f"the key {key.value!r} occurs twice in one section"
+                raise ConstructorError(None, None, reason, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: ANN401
         try:

@@ -145,6 +145,11 @@ UNREADABLE = {
     "9" * 5000: "cannot be read as int",
     "[" * 2000: "nested too deeply",
     "&a [*a]": "aliases .* are not read",
+    "{2020-01-01: 1}": "the key '2020-01-01' is no text; quote it",
+    "{on: 1}": "the key 'on' is no text",
+    "{<<: {a: 1}}": "the key '<<' is no text",
+    "{[a]: 1}": "is no text",
+    "{a: 1, a: 2}": "the key 'a' occurs twice in one section",
 }
 
 
