@@ -23,11 +23,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    FullyShardedDataParallelPlugin,
-    parse_flag_from_env,
-    patch_environment,
-)
+from accelerate.utils import parse_flag_from_env, patch_environment
 from torch import Tensor, distributed, nn
 
 from peftrank.base import Base
@@ -126,10 +122,9 @@ def shard_fsdp2(base: Base, adapter: Sequence[nn.Parameter], accelerator: Accele
     device = accelerator.device
     quantized = base.identity.quantization != "none"
     before = _probe(base) if quantized else None
-    options: dict[str, Any] = {
-        "mesh": init_device_mesh(device.type, (accelerator.num_processes,)),
-        "reshard_after_forward": FullyShardedDataParallelPlugin().reshard_after_forward,
-    }
+    keep = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "").lower() == "false"
+    mesh = init_device_mesh(device.type, (accelerator.num_processes,))
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": not keep}
     for block in base.layers:
         fully_shard(block, ignored_params=set(adapter), **options)
     whole = {p for p in base.model.parameters() if not isinstance(p, distributed.tensor.DTensor)}
