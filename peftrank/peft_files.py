@@ -206,13 +206,15 @@ def _patterns(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     for pattern in given:
         if endless(pattern):  # a stranger's, and it is tried on every module's path
             raise AdapterError(
-                f"{name} holds {pattern[:80]!r}, which may take for ever to match. Patterns repeat at "
-                f"most {MOST_REPEATS} things, and no group."
+                f"{name} holds {pattern[:80]!r}, which may take for ever to match. Patterns "
+                f"repeat at most {MOST_REPEATS} things, and no group."
             )
         try:
             matches(pattern, "")
         except (re.error, OverflowError, RecursionError) as error:
-            raise AdapterError(f"{name} holds {pattern[:80]!r}, no valid pattern: {error}") from None
+            raise AdapterError(
+                f"{name} holds {pattern[:80]!r}, no valid pattern: {error}"
+            ) from None
     return given
 
 
