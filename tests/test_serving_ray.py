@@ -59,8 +59,9 @@ def two_cores(monkeypatch):
     import ray
 
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    before = set(psutil.Process().children(recursive=True))  # of other tests: a browser, ...
     yield
-    left = _alive(psutil.Process().children(recursive=True))
+    left = [p for p in _alive(psutil.Process().children(recursive=True)) if p not in before]
     ray.shutdown()
     assert not left
 
