@@ -84,7 +84,8 @@ def test_what_waits_is_scored_together_up_to_the_budget(start):
 def test_a_slow_machine_takes_less_at_a_time(start):
     score = Scorer(seconds=0.1)
     batcher = start(score, batch_seconds=0.2)
-    batcher.submit(slates(10)).future.result(5)  # 100 tokens a second, so 20 in time
+    for _ in range(2):
+        batcher.submit(slates(10)).future.result(5)  # 100 tokens a second, so 20 in time
     tickets = [batcher.submit(slates(9, name=n)) for n in "abcdef"]
     for ticket in tickets:
         ticket.future.result(5)
@@ -118,7 +119,8 @@ def test_an_idle_server_waits_for_company_and_no_longer_than_it_may(start):
 def test_a_full_queue_says_when_to_come_back(start):
     score = Scorer(seconds=0.05)
     batcher = start(score)
-    batcher.submit(slates(100)).future.result(5)  # so 2000 tokens a second are known
+    for _ in range(2):
+        batcher.submit(slates(100)).future.result(5)  # so 2000 tokens a second are known
     score.gate.clear()
     score.begun.clear()
     batcher.submit(slates(100, name="busy"))
@@ -137,7 +139,8 @@ def test_a_full_queue_says_when_to_come_back(start):
 def test_work_that_would_come_too_late_is_refused_but_never_by_an_empty_queue(start):
     score = Scorer(seconds=0.05)
     batcher = start(score, longest_seconds=0.1)
-    batcher.submit(slates(10)).future.result(5)  # 200 tokens a second, so 20 in time
+    for _ in range(2):
+        batcher.submit(slates(10)).future.result(5)  # 200 tokens a second, so 20 in time
     score.gate.clear()
     score.begun.clear()
     batcher.submit(slates(50, name="busy"))  # late, but it tells the rate
@@ -146,6 +149,21 @@ def test_work_that_would_come_too_late_is_refused_but_never_by_an_empty_queue(st
     with pytest.raises(OverloadedError, match="before the request's time is over"):
         batcher.submit(slates(19))
     score.gate.set()
+
+
+def test_a_round_that_was_slow_for_once_refuses_nobody(start):
+    score = Scorer(seconds=0.3)
+    batcher = start(score, longest_seconds=0.5)
+    batcher.submit(slates(10)).future.result(5)  # the first: its code is made
+    score.seconds = 0.001
+    tickets = [batcher.submit(slates(10)) for _ in range(20)]
+    for ticket in tickets:
+        ticket.future.result(5)
+    score.seconds = 0.3
+    batcher.submit(slates(10)).future.result(5)
+    score.seconds = 0.001
+    for ticket in [batcher.submit(slates(10)) for _ in range(20)]:
+        ticket.future.result(5)
 
 
 def test_a_request_larger_than_the_queue_is_told_so(start):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import threading
 import time
 from collections import deque
@@ -23,8 +24,10 @@ from peftrank.serving.logs import log_exception
 
 _RATE_ROUNDS = 32
 _LONGEST_RETRY = 60
+_FIRST_ROUNDS = 2
+"""Their rate tells little: code for a model's shapes is made as they first occur."""
 _GUESSED_RATE = 1000.0
-"""Tokens per second, for the budget of the first round."""
+"""Tokens per second, for the budgets of these."""
 
 
 class OverloadedError(PeftRankError):
@@ -204,13 +207,17 @@ class Batcher:
         raise OverloadedError(f"{full}. Try again in {seconds} s.", seconds)
 
     def _rate(self) -> float:
-        """Returns tokens per second, of the latest rounds; before the first, no limit."""
+        """Returns tokens per second, the median of the latest rounds; at first, no limit.
+
+        A round that was slow for once (its shapes were new, the machine was busy) does not count.
+        """
         rounds = list(self._rounds)
-        seconds = sum(done.seconds for done in rounds)
-        return sum(done.tokens for done in rounds) / seconds if seconds else math.inf
+        if len(rounds) < _FIRST_ROUNDS:
+            return math.inf
+        return statistics.median_high(done.tokens / max(done.seconds, 1e-6) for done in rounds)
 
     def _next_budget(self) -> float:
-        rate = self._rate() if self._rounds else _GUESSED_RATE
+        rate = self._rate() if len(self._rounds) >= _FIRST_ROUNDS else _GUESSED_RATE
         return max(1.0, min(self._batch_tokens, rate * self._batch_seconds))
 
     def _run(self) -> None:
