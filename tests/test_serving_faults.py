@@ -176,6 +176,8 @@ BOSS = "Authorization: Bearer boss"
         (post(b'{"version": "/etc"}', "/v1/adapters/news/activate", BOSS), 400, "adapter"),
         (b"GET /page/../app.py HTTP/1.0\r\n\r\n", 404, "data"),
         (b"GET /page/%2e%2e/%2e%2e/app.py HTTP/1.0\r\n\r\n", 404, "data"),
+        (b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 10**7, 400, None),
+        (b"GET /healthz HTTP/1.1\r\n" + b"X: y\r\n" * 10**6, 400, None),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, None),
         (b"POST /v1/rank HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n{}", 400, None),
     ],
@@ -184,7 +186,8 @@ BOSS = "Authorization: Bearer boss"
         "a long title", "no UTF-8", "nested JSON", "a long number", "a path as a slate's domain",
         "a path as the domain", "a path as an adapter's domain", "an encoded path as one",
         "an encoded longer one", "a path as a version", "an absolute path as one",
-        "a path beside the page", "an encoded path beside the page", "TLS", "a negative length",
+        "a path beside the page", "an encoded path beside the page",
+        "a long header", "many headers", "TLS", "a negative length",
     ],
 )  # fmt: skip
 def test_a_hostile_request_is_answered_as_documented(server, request_, status, kind):

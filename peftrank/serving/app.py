@@ -112,7 +112,7 @@ def _allowed(service: Service, *, admin: bool = False) -> Any:  # noqa: ANN401 -
 
     async def check(request: Request) -> None:
         check_token(service.settings, request.headers.get("authorization"), admin=admin)
-        service.check_ready()
+        service.check_taken()
 
     return Depends(check)
 

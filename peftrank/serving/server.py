@@ -91,6 +91,7 @@ def serve(
         app = create_app(make, settings, history=kept, domains=domains)
         config = uvicorn.Config(
             app,
+            http="h11",  # bounds the headers of a request: httptools keeps whatever is sent
             log_config=None,
             ws="none",
             access_log=False,

@@ -112,13 +112,17 @@ class Service:
         await asyncio.to_thread(self._close)
 
     def check_ready(self) -> None:
-        """Raises StartingError, StoppedError or OverloadedError unless a request is taken."""
+        """Raises StartingError or StoppedError unless requests are taken."""
         if self.state == "stopping":
             raise StoppedError("the server is shutting down; ask another one")
         if self.state == "failed":
             raise StartingError("the server could not start; its log says why")
         if self.state == "starting":
             raise StartingError("the server is loading its base and adapters")
+
+    def check_taken(self) -> None:
+        """Raises as `check_ready` does, or OverloadedError: this request is one too many."""
+        self.check_ready()
         if len(self.under_way) > self.settings.max_requests:
             message = f"{len(self.under_way) - 1} requests are under way. Try again in 1 s."
             raise OverloadedError(message, 1)
