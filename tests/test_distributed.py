@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,6 +127,22 @@ def test_what_cannot_be_sharded_is_refused_before_anything_is_loaded(
     launched(**variables)
     with pytest.raises(ConfigError, match=message):
         distributed.sharding(quantization, method, options)
+
+
+def test_a_quantized_base_that_computes_otherwise_when_it_is_sharded_is_refused():
+    states = torch.randn(1, 16, 8)
+    distributed._check_unchanged(states, states + 1e-4)
+    for noise in (torch.randn(1, 16, 8), states * float("nan")):
+        with pytest.raises(ConfigError, match=r"differ by up to.*ddp\.yaml"):
+            distributed._check_unchanged(states, noise)
+
+
+def test_a_base_is_sharded_only_once(tiny_decoder):
+    here = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    tiny_decoder.layers[0].self_attn.q_proj.weight.ds_id = 0  # as DeepSpeed marks it
+    for shard in (partial(distributed.shard_fsdp2, adapter=[]), distributed.shard_zero3):
+        with pytest.raises(ConfigError, match="Load it anew"):
+            shard(tiny_decoder, accelerator=here)
 
 
 # --- shares and sums

@@ -57,7 +57,7 @@ def train(
         output: The store.
         resume: A run's folder or one of its checkpoints; `config` must be the run's own.
         base: An already loaded base to train on; absent: loaded from `config.base`. It is given
-            back without adapter layers.
+            back without adapter layers; if accelerate's launcher asked to shard it, sharded.
         progress: Show a progress bar with the time left.
 
     Raises:
