@@ -37,6 +37,7 @@ _KEYS: Mapping[tuple[str, ...], type] = {
     ("domain",): str,
     ("method",): dict,
     ("method", "name"): str,
+    ("method", "options"): dict,
     ("prompt",): dict,
     ("readout",): dict,
     ("readout", "name"): str,
@@ -59,9 +60,9 @@ _LARGEST_INT = 2**63 - 1
 
 
 class _Prompt(BaseModel):
-    """What keys of a manifest's prompt hold if they are there; others are left to the template."""
+    """What a manifest's prompt holds, as far as it holds it."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True)
     parts: dict[str, str] = {}
     mode: str = ""
     fields: list[str] = []
@@ -205,8 +206,6 @@ def _check_prompt(path: Path, prompt: Mapping[str, Any]) -> None:
 
 
 def _check_bottleneck(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    if not isinstance(config.get("activation"), str):
-        raise AdapterError(f"activation is {config.get('activation')!r}, not a name")
     for site in bottleneck_sites(config, tensors):
         shapes = [tuple(tensors[name].shape) for name in site.names]
         size = tensors[site.names[1]].numel()

@@ -7,7 +7,7 @@ Knows no folder (`store`), no model (`bank`) and not the PEFT library.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from peftrank.errors import AdapterError
-from peftrank.methods._patterns import MOST_REPEATS, endless, matches
+from peftrank.methods._patterns import MOST_REPEATS, compiled, endless, steps
 
 PREFIX = "base_model.model."
 """PEFT puts this before a module's path in the base model."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LONGEST_PATH = 256
+_MOST_STEPS = 10**9
+_Patterns = list[tuple[re.Pattern[str], Any]]
 # LoRA variants that change the forward pass and that nothing here computes.
 _VARIANTS = (
     "alora_invocation_tokens",
@@ -104,7 +106,7 @@ def lora_layers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
             )
         part = match[2].removesuffix(".weight") if "magnitude" in match[2] else match[2]
         parts.setdefault(match[1], {})[part] = tensor
-    ranks, alphas = (_patterns(config, name) for name in ("rank_pattern", "alpha_pattern"))
+    ranks, alphas = (_patterns(config, name, parts) for name in ("rank_pattern", "alpha_pattern"))
     return {path: _layer(config, path, found, ranks, alphas) for path, found in parts.items()}
 
 
@@ -166,8 +168,8 @@ def _layer(
     config: Mapping[str, Any],
     path: str,
     parts: Mapping[str, Tensor],
-    ranks: Mapping[str, Any],
-    alphas: Mapping[str, Any],
+    ranks: _Patterns,
+    alphas: _Patterns,
 ) -> LoraLayer:
     try:
         a, b = parts["lora_A.weight"], parts["lora_B.weight"]
@@ -199,25 +201,32 @@ def _layer(
     return LoraLayer(a, b, scale, bias, magnitude)
 
 
-def _patterns(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _patterns(config: Mapping[str, Any], name: str, paths: Collection[str]) -> _Patterns:
     given = config.get(name) or {}
     if not isinstance(given, dict):
         raise AdapterError(f"{name} is {given!r}; expected an object of patterns")
-    for pattern in given:
+    found = []
+    for pattern, value in given.items():
         if endless(pattern):  # a stranger's, and it is tried on every module's path
             raise AdapterError(
                 f"{name} holds {pattern[:80]!r}, which may take for ever to match. Patterns "
                 f"repeat at most {MOST_REPEATS} things, and no group."
             )
         try:
-            matches(pattern, "")
+            found.append((compiled(pattern), value))
         except (re.error, OverflowError, RecursionError) as error:
             raise AdapterError(
                 f"{name} holds {pattern[:80]!r}, no valid pattern: {error}"
             ) from None
-    return given
+    longest = max(map(len, paths), default=0)
+    if sum(steps(pattern, longest) for pattern in given) * len(paths) > _MOST_STEPS:
+        raise AdapterError(
+            f"{name} holds {len(given)} patterns for {len(paths)} modules, which may take for ever "
+            "to match. Name modules without * and +, or fewer of them."
+        )
+    return found
 
 
-def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:  # noqa: ANN401
+def _by_pattern(patterns: _Patterns, path: str, default: Any) -> Any:  # noqa: ANN401
     # The first pattern that matches decides, as in PEFT.
-    return next((value for pattern, value in patterns.items() if matches(pattern, path)), default)
+    return next((value for pattern, value in patterns if pattern.match(path)), default)

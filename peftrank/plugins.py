@@ -77,7 +77,10 @@ def check_options(
 
 def option_names(kind: str, name: str) -> set[str]:
     """Returns the names of the keyword-only parameters of a plug-in: its options."""
-    parameters = inspect.signature(_maker(kind, name)).parameters.values()
+    try:
+        parameters = inspect.signature(_maker(kind, name)).parameters.values()
+    except (TypeError, ValueError):  # no function, or one that says nothing about its parameters
+        raise ConfigError(f"{name!r} in {kind} is no function or class written in Python") from None
     return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
@@ -116,7 +119,7 @@ def _load_outside(kind: str, name: str) -> Any:  # noqa: ANN401
     module_name, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"cannot import {name!r} in {kind}: {error}. Expected package.module:object."
         ) from error

@@ -353,7 +353,9 @@ def test_what_the_bank_does_not_compute_is_refused(tiny_decoder, config):
         Bank(tiny_decoder).place("news", files)
 
 
-@pytest.mark.parametrize("pattern", ["(m+)+!", ".*.*.*.*.*.*.*.*!"])
+@pytest.mark.parametrize(
+    "pattern", ["(m+)+!", ".*.*.*.*.*.*.*.*!", "(m|m)" * 30 + "!", "m?" * 30 + "!", "()" * 50_000]
+)
 def test_a_pattern_that_could_take_for_ever_is_refused(tiny_decoder, pattern):
     hostile = {"rank_pattern": {pattern: 2}}
     files = files_for("model.layers.0.mlp.up_proj", torch.ones(2, 32), torch.ones(64, 2), **hostile)

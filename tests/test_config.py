@@ -221,6 +221,12 @@ def test_what_training_supplies_is_no_option():
         )
 
 
+@pytest.mark.parametrize("name", [".x:y", "builtins:dict", "math:pi", "nowhere:x", ":", "os:"])
+def test_a_plugin_outside_the_package_that_is_none_is_refused(name):
+    with pytest.raises(ConfigError, match=r"cannot import|no function or class"):
+        load_config(domain="news", overrides={"loss.name": name})
+
+
 def test_a_plugin_outside_the_package_is_named_by_module_and_object():
     config = load_config(
         domain="news", overrides=parse_overrides(["loss.name=peftrank.losses.listnet:listnet"])

@@ -305,6 +305,13 @@ def test_the_table_shows_means_intervals_and_counts(part):
     assert "2 slates, 1 without" in text
 
 
+def test_the_table_shows_names_as_text():
+    row = evaluate_scores("[/b][red]x", [labelled(1, 0)], [(1, 0)], METRICS)
+    text = printed(as_json("[/i]test", [row]))
+    assert "[/b][red]x" in text
+    assert "[/i]test: 1 slates" in text
+
+
 def test_where_nothing_is_relevant_table_page_and_json_show_that_there_is_no_value():
     row = evaluate_scores("adapter", [labelled(0, 0)], [(0, 1)], METRICS)
     part = as_json("news", [row, row])

@@ -2,6 +2,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from peftrank import _folder, store
 from peftrank.errors import AdapterError
+from peftrank.peft_files import lora_layers
 
 PATH = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -297,6 +299,10 @@ CONFIGS = {
         {"rank_pattern": {"(" * 2000 + ")" * 2000: 4}},
         r"no valid pattern|take for ever",
     ),
+    "an activation that is no name": (
+        {"peft_type": "BOTTLENECK", "activation": [], "reads": "output", "scale": 1},
+        r"activation=\[\]",
+    ),
     "an alpha too large": ({"lora_alpha": 10**400}, "too large a number"),
 }
 
@@ -308,6 +314,27 @@ def test_a_configuration_that_makes_no_sense_is_refused(saved, case):
     rewrite(saved, "adapter_config.json", json.dumps(config).encode())
     with pytest.raises(AdapterError, match=message):
         store.load_adapter(saved)
+
+
+def layers(count, name="model.layers.{}.self_attn.q_proj"):
+    paths = [name.format(i) for i in range(count)]
+    pairs = (("lora_A", torch.ones(4, 8)), ("lora_B", torch.ones(8, 4)))
+    return paths, {f"base_model.model.{p}.{k}.weight": t for p in paths for k, t in pairs}
+
+
+def test_a_rank_of_its_own_for_each_of_many_modules_is_read_quickly(saved):
+    paths, tensors = layers(700)
+    config = {"r": 8, "lora_alpha": 8, "rank_pattern": {re.escape(path): 4 for path in paths}}
+    start = time.process_time()
+    assert len(lora_layers(config, tensors)) == 700
+    assert time.process_time() - start < 10
+
+
+def test_many_patterns_that_take_long_on_many_modules_are_refused_at_once(saved):
+    _, tensors = layers(700, "a" * 200 + "{}")
+    config = {"r": 4, "lora_alpha": 8, "rank_pattern": {f"a*a*{i}!": 2 for i in range(50)}}
+    with pytest.raises(AdapterError, match="50 patterns for 700 modules, which may take for ever"):
+        lora_layers(config, tensors)
 
 
 def test_an_infinite_number_is_refused(saved):

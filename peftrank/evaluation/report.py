@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 from rich.table import Table
+from rich.text import Text
 
 from peftrank.errors import ConfigError
 from peftrank.evaluation.evaluate import Evaluation, compare
@@ -60,18 +61,20 @@ def as_json(name: str, rows: Sequence[Evaluation]) -> dict[str, Any]:
 def as_table(part: dict[str, Any]) -> Table:
     """Returns a group as a table 80 columns wide; page and JSON have the intervals' ends."""
     table = Table(
-        title=f"{part['name']}: {part['counted']} slates, "
-        f"{part['left_out']} without a relevant candidate left out",
+        title=Text(
+            f"{part['name']}: {part['counted']} slates, "
+            f"{part['left_out']} without a relevant candidate left out"
+        ),
         caption="± half the width of the 95% interval",
         title_justify="left",
         caption_justify="left",
     )
     table.add_column("ranking")
     for metric in part["metrics"]:
-        table.add_column(metric, justify="right")
+        table.add_column(Text(metric), justify="right")
     for row in part["rows"]:
         cells = (row["metrics"][m] for m in part["metrics"])
-        table.add_row(row["name"], *(_with_width(cell) for cell in cells))
+        table.add_row(Text(row["name"]), *(_with_width(cell) for cell in cells))
     return table
 
 

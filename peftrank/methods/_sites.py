@@ -72,6 +72,7 @@ def bottleneck_sites(config: Mapping[str, Any], names: Iterable[str]) -> list[Si
     reads, activation, scale = (config.get(key) for key in ("reads", "activation", "scale"))
     if (
         reads not in ("output", "input", "residual")
+        or not isinstance(activation, str)  # of a stranger's file: perhaps a list
         or activation not in ACTIVATIONS
         or not isinstance(scale, int | float)
     ):
@@ -94,7 +95,7 @@ def bottleneck_sites(config: Mapping[str, Any], names: Iterable[str]) -> list[Si
     for path, parts in found.items():
         if missing := [part for part in PARTS if part not in parts]:
             raise AdapterError(f"the bottleneck adapter at {path!r} lacks {', '.join(missing)}")
-    return [Site(path, reads, str(activation), float(scale), _names(path)) for path in found]
+    return [Site(path, reads, activation, float(scale), _names(path)) for path in found]
 
 
 def norm_names(names: Iterable[str]) -> dict[str, dict[str, str]]:
