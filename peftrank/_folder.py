@@ -60,9 +60,9 @@ _LARGEST_INT = 2**63 - 1
 
 
 class _Prompt(BaseModel):
-    """What a manifest's prompt holds, as far as it holds it."""
+    """What a manifest's prompt holds, as far as it holds it. Other keys are left to the ranker."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(strict=True)
     parts: dict[str, str] = {}
     mode: str = ""
     fields: list[str] = []
@@ -271,6 +271,7 @@ def _parse(path: Path, data: bytes) -> dict[str, Any]:
         values = json.loads(
             data, parse_int=_int, parse_float=_float, parse_constant=_refuse_constant
         )
+        json.dumps(values, ensure_ascii=False).encode()  # half characters cannot even be printed
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not valid JSON: {error}. {_AGAIN}") from error
     if not isinstance(values, dict):

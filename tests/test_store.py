@@ -383,7 +383,9 @@ def test_a_bottleneck_with_wrong_shapes_is_refused(tmp_path):
         store.save_adapter(tmp_path, "video", make_files(tensors=bad, peft_config=config), card="")
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{", '{"format_version": NaN}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "[1]", "{", '{"format_version": NaN}', '{"\\ud800": 1}', "[" * 100_000]
+)
 def test_a_manifest_that_is_no_json_object_is_refused(saved, text):
     (saved / "peftrank.json").write_text(text)
     with pytest.raises(AdapterError, match=r"peftrank\.json"):
@@ -398,6 +400,7 @@ def test_a_manifest_that_is_no_json_object_is_refused(saved, text):
         ({"readout": {"name": 3}}, r"readout\.name"),
         ({"readout": {"name": "a", "options": {}, "feature_names": [1]}}, "feature_names"),
         ({"files": {}}, "must list"),
+        ({"method": {"name": "lora", "options": []}}, r"method\.options' is \[\]; expected dict"),
         ({"prompt": {"parts": []}}, r"'prompt\.parts'.*dictionary"),
         ({"prompt": {"parts": {"history": 3}}}, r"'prompt\.parts\.history'.*string"),
         ({"prompt": {"fields": "title"}}, r"'prompt\.fields'.*list"),
