@@ -33,7 +33,7 @@ _ROOT = Path(__file__).parent.parent / "peftrank"
 
 
 def say(text):
-    sys.stdout.write(f"{text}\n")
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode() + "\n")
     sys.stdout.flush()
 
 
@@ -193,11 +193,12 @@ def run(options):
         while not done:
             try:
                 answer = answers.get(timeout=1)
-                tally.take(answer)
-                done = answer[0] == "done"
             except Exception:  # queue.Empty, or a message cut short by a death
                 if not process.is_alive():
                     break
+            else:
+                tally.take(answer)
+                done = answer[0] == "done"
             if state[0] != seen:
                 seen, since = state[0], time.monotonic()
             if time.monotonic() - since > _STALLED:

@@ -236,7 +236,7 @@ def safetensors(rng: Random, data: bytes) -> bytes:
             entry["dtype"] = rng.choice(_DTYPES)
         elif kind == 1 and isinstance(entry.get("shape"), list):
             entry["shape"].insert(rng.randint(0, len(entry["shape"])), rng.choice(_SIZES))
-        elif kind == 2 and entry.get("shape"):
+        elif kind == 2 and isinstance(entry.get("shape"), list) and entry["shape"]:
             entry["shape"][rng.randrange(len(entry["shape"]))] = rng.choice(_SIZES)
         elif kind == 3 and isinstance(entry.get("data_offsets"), list):
             entry["data_offsets"] = [rng.choice(_SIZES), rng.choice((*_SIZES, len(body)))]
