@@ -24,7 +24,7 @@ from test_ranker_many import mixed_slates
 
 from peftrank.base import base_from_model
 from peftrank.errors import AdapterError, ConfigError
-from peftrank.formats._record import slate_record
+from peftrank.formats._record import slate_from_record, slate_record
 from peftrank.ranker import Ranker
 from peftrank.serving import ServeSettings, _openapi, _schemas, create_app
 from peftrank.serving.history import HistoryError, open_history
@@ -584,6 +584,19 @@ def test_a_request_that_no_queue_could_hold_is_too_large(ranker):
         small = {**SLATE, "history": [ITEM, OTHER] * 2, "candidates": [ITEM]}
         assert call.rank(small).status == 200
         assert error(call.rank(small, explain=True)) == (413, "limit")  # five times the slate
+
+
+def test_an_explanation_that_no_queue_could_hold_is_refused_before_it_is_made(ranker, monkeypatch):
+    made, variants = [], ranker.variants
+    monkeypatch.setattr(ranker, "variants", lambda one: made.append(one) or variants(one))
+    slate = {**SLATE, "history": [ITEM, OTHER] * 4}
+    (prepared,) = ranker.prepare([slate_from_record({"slate_id": "0", **slate}, None)])
+    needed = sum(one.tokens for one in variants(prepared))
+    with serving(ranker, watch_seconds=0, queue_tokens=needed) as call:
+        assert call.rank(slate, explain=True).status == 200
+        assert len(made) == 1
+        assert error(call.rank(slate, slate, explain=True)) == (413, "limit")
+        assert len(made) == 1
 
 
 def test_a_body_of_ten_megabytes_is_refused_and_the_connection_goes_on(shared):

@@ -316,12 +316,10 @@ class Service:
         prepared = ranker.prepare(call.slates, domain=call.domain, untrained=call.untrained)
         if not call.explain:
             return [[one] for one in prepared]
-        groups, tokens = [], 0
-        for one in prepared:
-            groups.append(ranker.variants(one))
-            tokens += sum(variant.tokens for variant in groups[-1])
-            batcher.check_size(tokens)  # before more work goes into it
-        return groups
+        # Without each history item in turn a slate has, in all, at least this many tokens, and to
+        # make all of that can take a worker longer than any request may.
+        batcher.check_size(sum(one.tokens * max(1, len(one.history_read)) for one in prepared))
+        return [ranker.variants(one) for one in prepared]
 
     def _check_loaded(self, call: _schemas.RankCall, loaded: Mapping[str, AdapterInfo]) -> None:
         """Raises ConfigError for a slate whose domain is not loaded; counts where adapters are."""
