@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -42,6 +43,8 @@ def command(
             domain=domain, method=method, config=config, base=base, data=data, set_=set_
         )
     path = train(settings, output=output, resume=resume, progress=not as_json)
+    if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
+        return
     metrics = json.loads((path / "peftrank.json").read_text(encoding="utf-8"))["metrics"]
     if as_json:
         typer.echo(json.dumps({"path": str(path), "metrics": metrics}))
