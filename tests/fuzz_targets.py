@@ -43,7 +43,7 @@ from peftrank.formats.slates import read_items, read_slates, slates, write_items
 from peftrank.methods._sites import bottleneck_sites, norm_names
 from peftrank.peft_files import ia3_factors, lora_layers, lora_ranks
 from peftrank.prompts.template import MODES, TURNS, PromptTemplate
-from peftrank.serving import _schemas
+from peftrank.serving import _schemas, history
 from peftrank.serving.settings import ServeSettings
 from peftrank.training import checkpoint
 from peftrank.types import Item, RankedList, Slate
@@ -808,8 +808,7 @@ def _read_body(given: tuple, folder: Path) -> None:
         for slate in _schemas.rank_call(body, _LIMITS).slates:
             _encodable(slate)
     elif name == "events":
-        for event in _schemas.events(body, _LIMITS, 0.0):
-            json.dumps(event.user_id + event.item.item_id, ensure_ascii=False).encode()
+        history.encode(_schemas.events(body, _LIMITS, 0.0))
     else:
         _schemas.version_named(body, needed=len(body) % 2 == 0)
 

@@ -366,6 +366,14 @@ def test_invalid_utf8_in_parquet_costs_one_row(tmp_path):
     assert "s.parquet:2: a text of the row is not valid UTF-8" in rejects.examples[0]
 
 
+def test_a_column_name_of_invalid_utf8_is_a_damaged_file(tmp_path):
+    path = tmp_path / "items.parquet"
+    pq.write_table(pa.table({"item_id": ["i"], "fields": ["x"]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"fields", b"\xff" * 6))
+    with pytest.raises(DataError, match="cannot read the Parquet file: .*utf-8"):
+        read_items(path)
+
+
 def test_maps_of_other_tools_that_are_no_texts_cost_one_row(tmp_path):
     texts = pa.map_(pa.string(), pa.string())
     numbers = pa.map_(pa.int64(), pa.string())
@@ -509,6 +517,8 @@ def test_qrels_hold_whole_labels_only(tmp_path):
 def test_ids_with_spaces_cannot_be_written_as_trec(tmp_path):
     with pytest.raises(DataError, match="holds white space"):
         write_rankings(tmp_path / "r.run", [RankedList("s", ("a b",), (1.0,))])
+    with pytest.raises(DataError, match="holds white space"):
+        write_rankings(tmp_path / "r.run", [RankedList("\ufeffs", ("a",), (1.0,))])
     with pytest.raises(DataError, match="is nan"):
         write_rankings(tmp_path / "r.jsonl", [RankedList("s", ("a",), (math.nan,))])
     with pytest.raises(ConfigError, match=r"\.jsonl, \.jsonl\.gz or \.run"):

@@ -61,7 +61,7 @@ def parquet_records(
                     row += 1
                     if record is not None:
                         yield row, record
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: of a name
         raise DataError(f"cannot read the Parquet file: {error}", path=path) from error
 
 

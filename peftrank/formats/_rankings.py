@@ -17,7 +17,7 @@ from peftrank.formats._lines import text_lines
 from peftrank.formats._log import OnError, Rejects, number, row_errors
 from peftrank.types import RankedList, Slate
 
-_SPACE = re.compile(r"\s")
+_SPACE = re.compile(r"[\s\ufeff]")  # a byte-order mark, too, would not be read back
 
 
 def write_rankings(path: Path, ranked: Iterable[RankedList], *, tag: str = "peftrank") -> int:
