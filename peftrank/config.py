@@ -210,8 +210,11 @@ def load_config(
         _set(values, key, value)
     try:
         config = Config.model_validate(values)
+        config.model_dump(mode="json")  # an adapter comes with its configuration
     except ValidationError as error:
         raise ConfigError(_explain(error, source, overrides or {})) from None
+    except ValueError as error:
+        raise ConfigError(f"{source}: a value cannot be written as JSON: {error}") from None
     if check_options:
         _check_options(config)
     return config

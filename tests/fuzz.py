@@ -229,20 +229,21 @@ def again(options):
 
 
 def guided(options):
-    """Lets atheris make the inputs of one target; never returns."""
+    """Lets atheris make the inputs of one target; never returns. A later call goes on from them."""
     import atheris
 
     with atheris.instrument_imports(include=["peftrank", "yaml", "json"]):
         import fuzz_targets
     target = fuzz_targets.TARGETS[options.atheris]
-    home = Path(tempfile.mkdtemp(dir=_quick_folder()))
+    fuzz_targets.warm_up()
     signal.signal(signal.SIGPROF, _slow)
+    quick = Path(_quick_folder() or tempfile.gettempdir(), f"peftrank-fuzz-{os.getpid()}")
 
     def one(data):
-        feed(options.atheris, target.blob(data), home / "x")
+        feed(options.atheris, target.blob(data), quick)
 
-    seeds = home / "seeds"
-    seeds.mkdir()
+    seeds = Path(tempfile.gettempdir(), f"peftrank-fuzz-{options.atheris}")
+    seeds.mkdir(exist_ok=True)
     for number in range(200):
         found = _bytes_of(target.make(Random(f"seed/{number}")))
         if found is not None:

@@ -168,6 +168,13 @@ def test_aliases_that_stand_for_more_than_fits_in_memory_are_refused_at_once(tmp
         load_config(_file(tmp_path, "\n".join(lines)))
 
 
+@pytest.mark.parametrize("value", ["!!binary /w==", "[" * 280 + "]" * 280])
+def test_an_option_that_no_adapter_could_come_with_is_refused(tmp_path, value):
+    path = _file(tmp_path, f"domain: mine\nmethod: {{name: lora, layers: {value}}}\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: a value cannot be written as JSON"):
+        load_config(path)
+
+
 def test_a_method_that_is_no_section_is_refused_with_another_method_too(tmp_path):
     path = _file(tmp_path, "domain: mine\nmethod: lora\n")
     for method in (None, "adapter"):

@@ -542,7 +542,10 @@ def test_a_checkpoint_of_another_version_is_refused(saved):
         checkpoint.load(run)
 
 
-@pytest.mark.parametrize("text", ["[]", "3", '{"sha256": [], "config": {}}', "[" * 100_000])
+DEEP = '{"sha256": {}, "config": {"domain": "a", "method": {"x": ' + "[" * 900 + "]" * 900 + "}}}"
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"sha256": [], "config": {}}', "[" * 100_000, DEEP])
 def test_a_state_of_another_shape_is_a_damaged_checkpoint(text, tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "state.json").write_text(text, encoding="utf-8")

@@ -126,6 +126,7 @@ def load(path: Path) -> Checkpoint:
         if not isinstance(values, dict) or not isinstance(values["sha256"], dict):
             raise ValueError("state.json is not what was written")
         config = Config.model_validate(values["config"])
+        config.model_dump(mode="json")  # raises what comparing it would: options nested too deeply
         groups = {
             name: _read(folder / f"{name}.safetensors", sha256)
             for name, sha256 in values["sha256"].items()
