@@ -12,6 +12,7 @@ import math
 import re
 import shutil
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from peftrank.training.run import Run, Snapshot, parameter_names, put_back, snap
 
 _KEEP = 2
 _NAME = re.compile(r"checkpoint-[0-9]+")
+_VALUES = ("data", "step", "stale", "best", "best_step", "method", "best_method", "history")
+_GROUPS = ("adapter", "readout", "best_adapter", "best_readout", "optimizer", "random")
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,8 @@ def load(path: Path) -> Checkpoint:
             raise ValueError("state.json is not what was written")
         config = Config.model_validate(values["config"])
         config.model_dump(mode="json")  # raises what comparing it would: options nested too deeply
+        itemgetter(*_VALUES)(values)
+        itemgetter(*_GROUPS)(values["sha256"])
         groups = {
             name: _read(folder / f"{name}.safetensors", sha256)
             for name, sha256 in values["sha256"].items()
