@@ -55,7 +55,8 @@ ROUNDED_TOLERANCE = 0.1
 """Of the spread of a slate's scores, where weights or states are rounded: a pass's other slates
 then change a score a little."""
 _CALL = 64
-"""Slates in one offline call, and connections at saturation."""
+"""Slates in one offline call, and connections at saturation; fewer where there are fewer slates, as
+equal ones scored together would cost once."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--json", type=Path, default=RESULTS / "serving.json")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and so end the server
     os.environ |= {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
     with tempfile.TemporaryDirectory() as folder:
         tiny = options.base == "tiny"
@@ -231,11 +233,12 @@ def offline(plan: Plan, seconds: float) -> dict[str, Any]:
             ranker.load_adapter(f"{domain}@{version}", domain=domain)
         ranked = [ranker.rank(slate) for slate in pool]
         scores[version] = [dict(zip(r.item_ids, r.scores, strict=True)) for r in ranked]
-    ranker.rank(pool[:_CALL])
+    size = min(_CALL, len(pool))
+    ranker.rank(pool[:size])
     done, turn, started = 0, 0, time.perf_counter()
     while (taken := time.perf_counter() - started) < seconds:
-        calls = [pool[(turn + i) % len(pool)] for i in range(_CALL)]
-        done, turn = done + len(ranker.rank(calls)), turn + _CALL
+        call = [pool[(turn + i) % len(pool)] for i in range(size)]
+        done, turn = done + len(ranker.rank(call)), turn + size
     tokens = statistics.mean(one.tokens for one in ranker.prepare(pool))
     return {
         "slates_per_second": done / taken,
@@ -376,13 +379,14 @@ def measure(plan: Plan, seconds: float, tolerance: dict[str, float]) -> dict[str
     before = apart(offline, plan, short)
     scores = before["scores"]
     rate = before["slates_per_second"]
+    connections = min(_CALL, len(plan.pool()))
     server = Server(plan)
     try:
         work = {
-            "moderate": Load(server.port, seconds / 3, _CALL, rate / 2),
-            "saturation": Load(server.port, seconds * 2 / 3, _CALL, None),
+            "moderate": Load(server.port, seconds / 3, connections, rate / 2),
+            "saturation": Load(server.port, seconds * 2 / 3, connections, None),
         }
-        warm = Load(server.port, min(5.0, seconds / 10), _CALL, None)
+        warm = Load(server.port, min(5.0, seconds / 10), connections, None)
         apart(clients, plan, warm, scores, tolerance)
         with activating(plan) as activations, watching(server) as memory:
             phases = {k: apart(clients, plan, load, scores, tolerance) for k, load in work.items()}
