@@ -5,16 +5,19 @@ import json
 import math
 import subprocess
 import sys
+from array import array
 from datetime import UTC, datetime
 from time import process_time
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from peftrank import plugins
 from peftrank.errors import ConfigError, DataError
 from peftrank.formats import _lines
-from peftrank.formats._log import Log, Rejects
+from peftrank.formats._log import Log, Rejects, known_start
 from peftrank.formats.amazon import amazon
 from peftrank.formats.lastfm import lastfm
 from peftrank.formats.lists import lists
@@ -499,6 +502,34 @@ def test_amazon_csv_counts_a_repeated_item_each_time_it_is_bought(tmp_path):
     rows = [csv_row("A", bought[max(0, n - window) : n], 0) for n in range(1, 6)]
     put(tmp_path, **{"T_train.csv": CSV + "".join(rows), "T_info.txt": "<a>\tThing\t0\n"})
     assert len(amazon(tmp_path)) == 6
+
+
+def known_start_by_definition(known, row):
+    if row[:-1] and known[-len(row[:-1]) :] == row[:-1]:
+        return len(row) - 1
+    if any(known[start:][: len(row)] == row for start in range(len(known))):
+        return len(row)
+    sizes = range(min(len(known), len(row)), 0, -1)
+    return next((size for size in sizes if known[-size:] == row[:size]), 0)
+
+
+_codes = st.lists(st.sampled_from([0, 1, 256, 65536]), max_size=12)
+
+
+@given(known=_codes, row=_codes.filter(bool))
+def test_a_row_continues_what_is_known_from_its_longest_overlap(known, row):
+    found = known_start(array("i", known), array("i", row))
+    assert found == known_start_by_definition(known, row)
+
+
+def test_long_rows_and_many_rows_of_a_user_are_joined_in_linear_time(tmp_path):
+    rows = [f'A,"{[1] * 20_000}",{i}' for i in range(5)]
+    rows += [f'B,"{[(7 * i + j * j) % 31 for j in range(9)]}",{i % 31}' for i in range(4000)]
+    csv = "\n".join(["user_id,history_item_id,item_id", *rows])
+    info = "".join(f"<a_{i}>\tThing {i}\t{i}\n" for i in range(31))
+    start = process_time()
+    amazon(put(tmp_path, **{"T_train.csv": csv, "T_info.txt": info}))
+    assert process_time() - start < 5
 
 
 def test_amazon_csv_rejects_bad_rows_and_asks_which_of_several_sets(tmp_path):

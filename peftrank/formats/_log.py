@@ -153,7 +153,7 @@ class LogBuilder:
         self.impressions: list[Impression] = []
         self._item_codes = {item_id: code for code, item_id in enumerate(items)}
         self._user_codes: dict[str, int] = {}
-        self._sequences: dict[str, list[str]] = {}
+        self._sequences: dict[str, array[int]] = {}
         self._user = array("i")
         self._item = array("i")
         self._timestamp = array("d")
@@ -188,11 +188,13 @@ class LogBuilder:
         Raises:
             ValueError: an item has no text; nothing was appended.
         """
-        self.check_items((*history, target))
-        known = self._sequences.setdefault(user_id, [])
-        new = _unknown_part(known, list(history), target)
-        known.extend(new)
-        for item_id in new:
+        row = (*history, target)
+        self.check_items(row)
+        codes = array("i", [self._item_codes[item_id] for item_id in row])
+        known = self._sequences.setdefault(user_id, array("i"))
+        start = known_start(known, codes)
+        known.extend(codes[start:])
+        for item_id in row[start:]:
             self.add(user_id, item_id)
 
     def check_items(self, item_ids: Sequence[str]) -> None:
@@ -226,19 +228,35 @@ def _no_item(item_id: str) -> str:
     return f"item id {item_id!r} has no usable row in the items file of this data"
 
 
-def _unknown_part(known: list[str], history: list[str], target: str) -> list[str]:
-    if not known:
-        return [*history, target]
+def known_start(known: array[int], row: array[int]) -> int:
+    """Returns how many items at the start of a row continue what is known. Linear in time."""
+    history = row[:-1]
     if history and known[-len(history) :] == history:
-        return [target]
-    row = [*history, target]
-    starts = range(len(known) - len(row) + 1)
-    if any(known[start : start + len(row)] == row for start in starts):
-        return []  # an older row that comes later in the file
-    for size in range(min(len(known), len(row)), 0, -1):
-        if known[-size:] == row[:size]:
-            return row[size:]
-    return row
+        return len(history)
+    if _holds(known, row):
+        return len(row)  # an older row that comes later in the file
+    # Knuth, Morris and Pratt: `ends[i]` is the size of the longest start of the row that ends at i.
+    ends, size = [0] * len(row), 0
+    for place in range(1, len(row)):
+        while size and row[place] != row[size]:
+            size = ends[size - 1]
+        size += row[place] == row[size]
+        ends[place] = size
+    size = 0
+    for item in known[-len(row) :]:
+        while size and item != row[size]:
+            size = ends[size - 1]
+        size += item == row[size]
+    return size
+
+
+def _holds(known: array[int], row: array[int]) -> bool:
+    """Returns whether a row's items stand in a row in what is known."""
+    text, part = known.tobytes(), row.tobytes()
+    at = text.find(part)
+    while at % known.itemsize and at > 0:  # between two items
+        at = text.find(part, at + 1)
+    return at >= 0
 
 
 def add_item(items: dict[str, Item], item_id: str, fields: Mapping[str, str]) -> None:
