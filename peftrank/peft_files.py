@@ -22,7 +22,7 @@ PREFIX = "base_model.model."
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LONGEST_PATH = 256
-_MOST_STEPS = 10**9
+_MOST_STEPS = 2 * 10**8
 _Patterns = list[tuple[re.Pattern[str], Any]]
 # LoRA variants that change the forward pass and that nothing here computes.
 _VARIANTS = (
