@@ -245,7 +245,7 @@ def guided(options):
     seeds = Path(tempfile.gettempdir(), f"peftrank-fuzz-{options.atheris}")
     seeds.mkdir(exist_ok=True)
     for number in range(200):
-        found = _bytes_of(target.make(Random(f"seed/{number}")))
+        found = _bytes_of(target.make(Random(f"seed/{number}")), options.atheris)
         if found is not None:
             (seeds / str(number)).write_bytes(found)
     arguments = [f"-max_total_time={options.seconds}", "-rss_limit_mb=3000", "-timeout=60"]
@@ -253,11 +253,12 @@ def guided(options):
     atheris.Fuzz()
 
 
-def _bytes_of(given):
+def _bytes_of(given, name):
     """Returns the bytes that an input is mostly made of."""
     files = given[0] if isinstance(given, tuple) else given
     if isinstance(files, dict):
-        found = files.get("peftrank.json", next(iter(files.values())))
+        file = {"adapter": "peftrank.json", "adapter_config": "adapter_config.json"}.get(name)
+        found = files.get(file, next(iter(files.values())))
     else:
         found = given[1] if isinstance(given, tuple) else given[0].encode("utf-8", "replace")
     return found if isinstance(found, bytes) else None
