@@ -370,7 +370,7 @@ def test_a_column_name_of_invalid_utf8_is_a_damaged_file(tmp_path):
     path = tmp_path / "items.parquet"
     pq.write_table(pa.table({"item_id": ["i"], "fields": ["x"]}), path, store_schema=False)
     path.write_bytes(path.read_bytes().replace(b"fields", b"\xff" * 6))
-    with pytest.raises(DataError, match="cannot read the Parquet file: .*utf-8"):
+    with pytest.raises(DataError, match=r"cannot read the Parquet file: .*utf-8"):
         read_items(path)
 
 
