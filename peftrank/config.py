@@ -77,7 +77,10 @@ class LossConfig(_Named):
 
 
 class Template(_Section):
-    """Jinja2 source of each part of the prompt. Parts see the item's fields by name."""
+    """Jinja2 source of each part of the prompt. Parts see the item's fields by name.
+
+    They have conditions, comparisons, + - / ~ and simple filters, but no loops, calls or sets.
+    """
 
     preamble: str = ""
     history: str = "- {{ title }}\n"
