@@ -1,5 +1,6 @@
 """Batch -> attention mask: every token sees the segments on its own path to the root.
 
+Markers of one slate see each other besides, in whichever order they lie in the row.
 It knows neither prompts nor models. The mask is additive, because eager attention adds a bool
 mask as 0 and 1 without an error (transformers 5.23).
 """

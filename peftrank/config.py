@@ -92,8 +92,9 @@ class Template(_Section):
 class PromptConfig(_Section):
     """How a slate becomes text and tokens."""
 
-    mode: Literal["isolated", "joint"] = "isolated"
-    """isolated: candidates do not see each other. joint: an ordinary listwise prompt."""
+    mode: Literal["isolated", "joint", "set"] = "isolated"
+    """isolated: candidates do not see each other. joint: an ordinary listwise prompt, in which
+    their order matters. set: markers behind them compare them, and order does not matter."""
     template: Template = Template()
     fields: tuple[str, ...] = ("title",)
     """Item fields the template uses; a candidate without any of them is an error."""

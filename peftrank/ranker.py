@@ -266,7 +266,8 @@ class Ranker:
         """Makes the untrained base serve a domain, read by a readout without parameters.
 
         This is the zero-shot baseline. `prompt` holds PromptTemplate's arguments; `turn` and
-        `max_depth` are set to what the readout and the base need.
+        `max_depth` are set to what the readout and the base need. Of mode `set` it reads the
+        candidates alone, as in `isolated`: an untrained base makes nothing of markers.
 
         Raises:
             ConfigError: the readout has weights that would have to be trained.
@@ -472,7 +473,9 @@ class Ranker:
                 f"readout {readout!r} has weights and nothing trained them. Without an adapter use "
                 "yes_no or likelihood."
             )
-        needs = {"turn": _turn(made), "max_depth": self.base.max_depth}
+        needs: dict[str, Any] = {"turn": _turn(made), "max_depth": self.base.max_depth}
+        if prompt.get("mode") == "set":
+            needs["mode"] = "isolated"
         return _Domain(
             name,
             method="none",

@@ -84,6 +84,9 @@ class PromptTree:
     slate_id: str
     segments: tuple[Segment, ...]
     candidates: tuple[CandidateSpan, ...]
+    markers: tuple[int, ...] = ()
+    """Per candidate, the segment of its marker, a child of the candidate's. Markers of a tree see
+    each other too. Empty unless candidates are to be compared with each other (mode `set`)."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +103,13 @@ class Batch:
     segment_ids: Tensor
     """(R, T) long; row-local segment index, -1 at padding."""
     ancestors: Tensor
-    """(R, G, G) bool; [r, i, j] = segment j is on the path of segment i (i itself included)."""
+    """(R, G, G) bool; [r, i, j] = segment i sees segment j: j is on the path of i (i itself
+    included), or both are markers of one slate."""
     row: Tensor
     """(S, N) long; the row each candidate lies in."""
     end: Tensor
-    """(S, N) long; last token of the candidate's segment, where scalar readouts read."""
+    """(S, N) long; last token of the candidate's segment, or its marker's: where scalar readouts
+    read."""
     start: Tensor
     """(S, N) long; first token of the candidate's own text."""
     stop: Tensor

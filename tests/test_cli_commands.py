@@ -128,6 +128,15 @@ def test_prompt_show_prints_the_tree_without_loading_the_weights(cli, place, giv
     assert "tokens in the tree" in result.out
 
 
+def test_prompt_show_names_the_markers_of_set_mode(cli, place, given):
+    slate = next(read_slates("data/test.jsonl"))
+    result = cli("prompt", "show", *given, "--set", "prompt.mode=set")
+    assert result.code == 0
+    assert result.out.count("<- its marker") == len(slate.candidates)
+    refused = ("--set", "prompt.mode=set", "--set", "readout.name=yes_no")
+    assert "score_head" in cli("prompt", "show", *given, *refused).err
+
+
 def test_list_marks_the_active_version(cli, place):
     lines = cli("adapters", "list").out.splitlines()
     assert [line.split()[:2] for line in lines[:1]] == [["news@0001", "lora"]]

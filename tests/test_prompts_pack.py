@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from peftrank.errors import DataError
 from peftrank.prompts import PromptTemplate, collate, micro_batches, pack, token_count
-from peftrank.prompts.tree import CandidateTokens, depths, grow, path_tokens
+from peftrank.prompts.tree import CandidateTokens, depths, ends, grow, path_tokens
 from peftrank.types import Item
 
-PAD = 99
+PAD, MARK = 99, 98
 PARTS = {
     "preamble": "Rank the items.\n",
     "history": "- {{ title }}\n",
@@ -33,24 +33,29 @@ def _leaf(draw):
 
 _trees = st.lists(
     st.builds(
-        lambda trunk, leaves, mode: grow("s", trunk, leaves, mode=mode),
+        lambda trunk, leaves, mode: grow("s", trunk, leaves, mode=mode, marker=(MARK,)),
         st.lists(_tokens, max_size=4),
         st.lists(_leaf(), min_size=1, max_size=5),
-        st.sampled_from(["isolated", "joint"]),
+        st.sampled_from(["isolated", "joint", "set"]),
     ),
     min_size=1,
     max_size=6,
 )
 
 
+def one_way(ancestors):
+    """Ancestors without the sight that markers have of each other."""
+    return ancestors & ~(ancestors.mT & ~torch.eye(ancestors.shape[-1], dtype=torch.bool))
+
+
 def seen_by(batch, row, position):
     """Positions on the path of a token, in depth order, up to and with the token itself."""
     segment = batch.segment_ids[row]
-    own = int(segment[position])
+    above = one_way(batch.ancestors[row])[segment[position]]
     found = [
         (int(batch.position_ids[row, t]), t)
         for t in range(segment.numel())
-        if segment[t] >= 0 and batch.ancestors[row, own, segment[t]]
+        if segment[t] >= 0 and above[segment[t]]
     ]
     found = sorted(pair for pair in found if pair[0] <= int(batch.position_ids[row, position]))
     assert [depth for depth, _ in found] == list(range(len(found)))
@@ -67,7 +72,7 @@ def test_every_path_can_be_read_back_from_the_batch(trees, row_tokens):
         for c, span in enumerate(tree.candidates):
             row, end = int(batch.row[s, c]), int(batch.end[s, c])
             path = seen_by(batch, row, end)
-            expected = path_tokens(tree, span.segment)
+            expected = path_tokens(tree, ends(tree)[c])
             assert tuple(batch.input_ids[row, path].tolist()) == expected
             start, stop = int(batch.start[s, c]), int(batch.stop[s, c])
             first = depth[span.segment] + span.start
@@ -88,7 +93,7 @@ def test_no_token_is_lost_or_stored_twice_in_a_row(trees, row_tokens):
     for row in range(batch.input_ids.shape[0]):
         members = [s for s in range(len(trees)) if int(batch.row[s, 0]) == row]
         paths = {
-            (path_tokens(trees[s], i), split)
+            (path_tokens(trees[s], i), split, s if i in trees[s].markers else None)
             for s in members
             for i, split in enumerate(_splits(trees[s]))
         }
@@ -109,10 +114,23 @@ def _splits(tree):
 @given(_trees, st.integers(4, 40))
 def test_parents_lie_before_their_children(trees, row_tokens):
     batch = pack(trees, pad_token_id=PAD, row_tokens=row_tokens)
-    assert not bool(batch.ancestors.triu(1).any())
+    assert not bool(one_way(batch.ancestors).triu(1).any())
     for row in batch.segment_ids:
         real = row[row >= 0]
         assert bool((real.diff() >= 0).all())
+
+
+@settings(max_examples=100, deadline=None)
+@given(_trees, st.integers(4, 40))
+def test_markers_see_all_markers_of_their_own_slate_and_no_other(trees, row_tokens):
+    batch = pack(trees, pad_token_id=PAD, row_tokens=row_tokens)
+    for s, tree in enumerate(trees):
+        for c in range(len(tree.markers)):
+            row, end = int(batch.row[s, c]), int(batch.end[s, c])
+            sight = batch.ancestors[row, batch.segment_ids[row, end]]
+            marks = (batch.input_ids[row] == MARK) & sight[batch.segment_ids[row].clamp(min=0)]
+            own = batch.end[s, : len(tree.markers)]
+            assert set(marks.nonzero()[:, 0].tolist()) == set(own.tolist())
 
 
 @settings(max_examples=150, deadline=None)

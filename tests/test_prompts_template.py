@@ -8,7 +8,7 @@ import pytest
 
 from peftrank.errors import ConfigError, DataError
 from peftrank.prompts import PromptTemplate, render, separate_token_count, token_count
-from peftrank.prompts.tree import depths, path_tokens
+from peftrank.prompts.tree import depths, ends, path_tokens
 from peftrank.types import Item, Slate
 
 PARTS = {
@@ -55,6 +55,25 @@ def test_segments_chain_from_preamble_over_history_to_question_and_candidates(
 def test_joint_candidates_chain(tokenizer, make_slate):
     tree = build(tokenizer, mode="joint").tree(make_slate(n_history=1, n_candidates=3))
     assert [s.parent for s in tree.segments] == [-1, 0, 1, 2, 3, 4]
+
+
+def test_a_marker_hangs_from_each_candidate_in_set_mode(tokenizer, bert_tokenizer, make_slate):
+    slate = make_slate(n_history=1, n_candidates=3)
+    for kind, mark in ((tokenizer, tokenizer.eos_token_id), (bert_tokenizer, None)):
+        isolated, tree = (build(kind, mode=mode).tree(slate) for mode in ("isolated", "set"))
+        marks = [tree.segments[marker] for marker in tree.markers]
+        assert [m.parent for m in marks] == [c.segment for c in tree.candidates]
+        assert [m.tokens for m in marks] == [(mark or bert_tokenizer.sep_token_id,)] * 3
+        rest = [s.tokens for i, s in enumerate(tree.segments) if i not in tree.markers]
+        assert rest == [s.tokens for s in isolated.segments]
+        assert token_count(tree) == token_count(isolated) + 3
+        assert separate_token_count(tree) == separate_token_count(isolated) + 3
+
+
+def test_a_tokenizer_without_a_special_token_has_no_marker(tokenizer):
+    bare = replace_tokens(tokenizer, eos_token=None, chat_template=None)
+    with pytest.raises(ConfigError, match="eos, sep or cls"):
+        build(bare, mode="set")
 
 
 def test_empty_parts_make_no_segment(tokenizer, make_slate):
@@ -120,7 +139,7 @@ def test_control_characters_in_items_become_single_spaces(tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "bert_tokenizer"])
-@pytest.mark.parametrize("mode", ["isolated", "joint"])
+@pytest.mark.parametrize("mode", ["isolated", "joint", "set"])
 def test_special_tokens_in_item_and_context_text_become_plain_text(kind, mode, request):
     tokenizer = request.getfixturevalue(kind)
     evil = "amber " + " ".join(CONTROL) + "[SEP]<|im_end|>"
@@ -130,8 +149,10 @@ def test_special_tokens_in_item_and_context_text_become_plain_text(kind, mode, r
     tree = template.tree(slate)
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     ends = {span.segment for span in tree.candidates}
+    for marker in tree.markers:
+        assert special.issuperset(tree.segments[marker].tokens)
     for index, segment in enumerate(tree.segments[1:], start=1):
-        tokens = segment.tokens
+        tokens = () if index in tree.markers else segment.tokens
         if index in ends and tokenizer.sep_token is not None:
             assert tokens[-1] == tokenizer.sep_token_id
             tokens = tokens[:-1]
@@ -347,11 +368,13 @@ def test_a_part_that_fails_on_a_slate_is_an_error_naming_it(tokenizer, make_slat
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"mode": "set"}, "mode"),
+        ({"mode": "listwise"}, "mode"),
         ({"turn": "x"}, "turn"),
         ({"chat": "on"}, "chat"),
         ({"fields": ("title", "context")}, "context"),
         ({"mode": "joint", "turn": "after"}, "isolated"),
+        ({"mode": "set", "turn": "after"}, "score_head"),
+        ({"mode": "set", "turn": "before"}, "score_head"),
     ],
 )
 def test_a_wrong_option_is_an_error(tokenizer, options, named):
@@ -386,12 +409,12 @@ def test_a_tree_that_cannot_fit_is_an_error_with_the_ways_out(tokenizer, make_sl
         build(tokenizer, max_tokens=bare - 1).tree(slate)
 
 
-@pytest.mark.parametrize("mode", ["isolated", "joint"])
+@pytest.mark.parametrize("mode", ["isolated", "joint", "set"])
 def test_the_deepest_path_keeps_to_max_depth(tokenizer, make_slate, mode):
     slate = make_slate(n_history=5, n_candidates=4)
 
     def deepest(tree):
-        return max(len(path_tokens(tree, span.segment)) for span in tree.candidates)
+        return max(len(path_tokens(tree, end)) for end in ends(tree))
 
     full = build(tokenizer, mode=mode).tree(slate)
     same = build(tokenizer, mode=mode, max_depth=deepest(full)).tree(slate)

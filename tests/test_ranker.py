@@ -2,6 +2,7 @@ import copy
 import json
 import random
 import threading
+from dataclasses import replace
 
 import peft
 import pytest
@@ -179,6 +180,25 @@ def test_the_order_of_candidates_does_not_change_their_scores(stocked, make_slat
     turned = Slate(slate.slate_id, slate.user_id, slate.history, slate.candidates[::-1])
     scores = ranker.score(slate, domain="news")
     assert close([ranker.score(turned, domain="news")], [scores[::-1]])
+
+
+def test_a_set_adapter_compares_candidates_and_their_order_does_not_matter(
+    tiny_decoder, tmp_path, make_slate
+):
+    publish(tiny_decoder, tmp_path, "news", mode="set")
+    slates = slates_for(make_slate, 4)
+    slate = slates[3]
+    order = [2, 0, 4, 3, 1]
+    shuffled = replace(slate, candidates=tuple(slate.candidates[i] for i in order), labels=None)
+    with Ranker(tiny_decoder, store=tmp_path) as ranker:
+        ranker.load_adapter("news")
+        scores = ranker.score(slate, domain="news")
+        assert close(ranker.score(shuffled, domain="news"), [scores[i] for i in order])
+        assert close(ranker.score(slates, domain="news")[3], scores)
+        fewer = replace(slate, candidates=slate.candidates[:2], labels=None)
+        assert not close(ranker.score(fewer, domain="news"), scores[:2])
+        untrained = ranker.prepare([slate], domain="news", untrained=True)
+        assert len(ranker.score_prepared(untrained)[0]) == 5
 
 
 def test_a_stream_gives_the_same_lists_with_bounded_memory(stocked, make_slate, monkeypatch):

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from peftrank import store
+from peftrank.base import base_from_model
 from peftrank.baselines.random import random as by_chance
 from peftrank.config import Config
 from peftrank.errors import AdapterError, ConfigError, DataError, PeftRankError
@@ -252,6 +253,53 @@ def test_training_learns_what_can_be_learned(kind, request, make_config, tmp_pat
         trained = evaluate(ranker, fresh, domain="demo", metrics=["hit@1"])
     chance = evaluate_scores("random", fresh, by_chance(fresh, train=slates, seed=0), ["hit@1"])
     assert trained.interval("hit@1")[0] > chance.interval("hit@1")[1]
+
+
+def odd_ones(n, seed):
+    """Slates of which one candidate has another first word than the three others."""
+    rng = random.Random(seed)
+    made = []
+    for i in range(n):
+        words, rest, odd = rng.sample(WORDS[:2], 2), rng.sample(WORDS[2:], 4), rng.randrange(4)
+        titles = [f"{words[j == odd]} {rest[j]}" for j in range(4)]
+        candidates = tuple(Item(f"{i}-{j}", {"title": title}) for j, title in enumerate(titles))
+        labels = tuple(float(j == odd) for j in range(4))
+        made.append(Slate(f"s{i}", f"u{i}", (), candidates, labels))
+    return made
+
+
+def test_only_candidates_that_are_compared_learn_which_is_the_odd_one(
+    tokenizer, make_config, tmp_path
+):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        initializer_range=0.2,  # wide, so that random layers attend to something
+        attn_implementation="sdpa",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = base_from_model(LlamaForCausalLM(shape), tokenizer, name="wide")
+    config = make_config(
+        train=odd_ones(512, 0), valid=odd_ones(20, 1), options={"r": 16, "alpha": 32},
+        batch_size=32, max_steps=80, eval_steps=80, learning_rate=3e-3, readout_learning_rate=5e-3,
+    )  # fmt: skip
+    fresh, found = odd_ones(100, 9), {}
+    for mode in ("isolated", "set"):
+        prompt = config.prompt.model_copy(update={"mode": mode, "chat": "off"})
+        readout = config.readout.model_copy(update={"width": 32})
+        chosen = config.model_copy(update={"prompt": prompt, "readout": readout})
+        path = train(chosen, output=tmp_path / mode, base=base)
+        with Ranker(base) as ranker:
+            ranker.load_adapter(path)
+            found[mode] = evaluate(ranker, fresh, domain="demo", metrics=["hit@1"]).mean("hit@1")
+    assert found["isolated"] < 0.5
+    assert found["set"] > 0.9
 
 
 def test_candidate_features_are_learned_and_needed(tiny_decoder, make_config, tmp_path):

@@ -2,8 +2,9 @@
 
 All trees of a batch form one trie, whose nodes are segments: equal tokens under an equal parent are
 one node. A row is a set of nodes that holds, with each tree, the tree's whole path. So slates share
-their preamble in a row, and lists shown to one user share the history. It knows no text but through
-`collate`, and no model.
+their preamble in a row, and lists shown to one user share the history. Markers see the rest of
+their own slate, so they are never shared between slates. It knows no text but through `collate`,
+and no model.
 
 Relatives: Prefix Grouper (arXiv 2506.05433), Tree Training (arXiv 2511.00413).
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from peftrank.errors import DataError
 from peftrank.prompts.template import PromptTemplate
-from peftrank.prompts.tree import token_count
+from peftrank.prompts.tree import ends, token_count
 from peftrank.types import Batch, PromptTree, Slate
 
 _PLACES = ("row", "end", "start", "stop", "before", "mask")
@@ -86,14 +87,14 @@ def pack(
         raise DataError("no slates to pack; expected at least one")
     trie = _Trie()
     group = [0] * len(trees) if groups is None else list(groups)
-    nodes = [trie.add(tree, g) for tree, g in zip(trees, group, strict=True)]
+    nodes = [trie.add(tree, g, s) for s, (tree, g) in enumerate(zip(trees, group, strict=True))]
     plan = [
         sorted(members, key=group.__getitem__) for members in _plan(trie, trees, nodes, row_tokens)
     ]
     plan.sort(key=lambda members: group[members[0]])  # few, long spans
     rows = [_row(trie, nodes, members) for members in plan]
     return Batch(
-        **_token_tensors(trie, rows, pad_token_id),
+        **_token_tensors(trie, trees, nodes, rows, pad_token_id),
         spans=() if groups is None else _spans(trie, rows),
         **_candidate_tensors(trie, trees, nodes, rows),
         labels=_labels(trees, labels),
@@ -159,14 +160,23 @@ class _Trie:
     depth: list[int] = field(default_factory=list)
     """Tokens on the path before the node's first."""
     group: list[int] = field(default_factory=list)
-    _index: dict[tuple[int, int, tuple[int, ...]], int] = field(default_factory=dict)
+    _index: dict[tuple[int, int, int, tuple[int, ...]], int] = field(default_factory=dict)
 
-    def add(self, tree: PromptTree, group: int) -> list[int]:
-        """Returns the node of each of the tree's segments, new ones added."""
+    def add(self, tree: PromptTree, group: int, number: int) -> list[int]:
+        """Returns the node of each of the tree's segments, new ones added.
+
+        Args:
+            tree: What to add.
+            group: See `pack`.
+            number: Of the tree, by which its markers are told from those of others.
+        """
         nodes: list[int] = []
-        for segment in tree.segments:
+        markers = set(tree.markers)
+        for index, segment in enumerate(tree.segments):
             parent = -1 if segment.parent < 0 else nodes[segment.parent]
-            node = self._index.setdefault((group, parent, segment.tokens), len(self.tokens))
+            owner = number if index in markers else -1
+            key = group, owner, parent, segment.tokens
+            node = self._index.setdefault(key, len(self.tokens))
             if node == len(self.tokens):
                 self.group.append(group)
                 self.tokens.append(segment.tokens)
@@ -259,7 +269,13 @@ def _first_fit(fill: Sequence[int], added: Sequence[int], size: int, row_tokens:
     return min(fits, key=lambda row: added[row], default=len(fill))
 
 
-def _token_tensors(trie: _Trie, rows: Sequence[_Row], pad_token_id: int) -> dict[str, Tensor]:
+def _token_tensors(
+    trie: _Trie,
+    trees: Sequence[PromptTree],
+    nodes: Sequence[Sequence[int]],
+    rows: Sequence[_Row],
+    pad_token_id: int,
+) -> dict[str, Tensor]:
     tokens = max(row.size for row in rows)
     group = max(len(row.nodes) for row in rows)
     input_ids = np.full((len(rows), tokens), pad_token_id, dtype=np.int64)
@@ -276,6 +292,10 @@ def _token_tensors(trie: _Trie, rows: Sequence[_Row], pad_token_id: int) -> dict
             if trie.parent[node] >= 0:
                 ancestors[r, i] = ancestors[r, row.place[trie.parent[node]]]
             ancestors[r, i, i] = True
+        for s in row.trees:
+            if trees[s].markers:
+                markers = [row.place[nodes[s][marker]] for marker in trees[s].markers]
+                ancestors[r][np.ix_(markers, markers)] = True
     return {
         "input_ids": torch.from_numpy(input_ids),
         "position_ids": torch.from_numpy(position_ids),
@@ -312,11 +332,11 @@ def _candidate_tensors(
     for r, row in enumerate(rows):
         for s in row.trees:
             mask[s, : len(trees[s].candidates)] = True
-            for c, span in enumerate(trees[s].candidates):
-                node = nodes[s][span.segment]
+            for c, (span, end) in enumerate(zip(trees[s].candidates, ends(trees[s]), strict=True)):
+                node, last = nodes[s][span.segment], nodes[s][end]
                 first = int(row.starts[row.place[node]])
                 found["row"][s, c] = r
-                found["end"][s, c] = first + len(trie.tokens[node]) - 1
+                found["end"][s, c] = row.starts[row.place[last]] + len(trie.tokens[last]) - 1
                 found["start"][s, c] = first + span.start
                 found["stop"][s, c] = first + span.stop
                 found["before"][s, c] = _before(trie, row, node, first + span.start)

@@ -23,7 +23,7 @@ from peftrank.prompts._parts import NOT_ITEM, Part, PartText, clean
 from peftrank.prompts.tree import CandidateTokens, grow
 from peftrank.types import Item, PromptTree, Slate
 
-MODES = ("isolated", "joint")
+MODES = ("isolated", "joint", "set")
 TURNS = ("none", "after", "before")
 CHATS = ("auto", "off")
 _SENTINEL = "peftrank-user-text"
@@ -60,6 +60,9 @@ class PromptTemplate:
                 the item's `fields` by name, and history `feedback` (a number or None) and
                 `position` (1 = the oldest item of the slate's history).
             mode: `isolated`: candidates do not see each other. `joint`: each sees those before it.
+                `set`: candidates do not, but the marker behind each sees the other markers
+                (Set-Encoder, arXiv 2404.06912). The marker is the tokenizer's eos, sep or cls
+                token, the first that it has; no item's text can become it.
             fields: Item fields the parts may use. One an item lacks is an empty string.
             history_length: At most this many of the newest history items are read.
             item_tokens: An item's own text is cut at this many tokens; the text around it is not.
@@ -84,6 +87,7 @@ class PromptTemplate:
         self._compiled = self._compile()
         self._opening, self._closing, self._ending = self._turn_tokens()
         self._forbidden = _control_ids(tokenizer)
+        self._marker = self._marker_tokens()
 
     def describe(self) -> dict[str, Any]:
         """Returns JSON values that, passed as `**described` with a tokenizer, rebuild it."""
@@ -111,7 +115,7 @@ class PromptTemplate:
             ConfigError: a part fails on this slate.
         """
         trunk, leaves, _ = self._lay_out(slate)
-        return grow(slate.slate_id, trunk, leaves, mode=self.mode)
+        return grow(slate.slate_id, trunk, leaves, mode=self.mode, marker=self._marker)
 
     def history_read(self, slate: Slate) -> tuple[int, ...]:
         """Returns which history items the slate's prompt tree holds, by index; see `tree`."""
@@ -170,6 +174,12 @@ class PromptTemplate:
                 "a readout that asks after each candidate (yes_no) needs prompt.mode: isolated; "
                 "given: joint"
             )
+        if self.mode == "set" and self.turn != "none":
+            raise ConfigError(
+                "prompt.mode: set compares candidates at a marker behind each, where no text is "
+                "predicted, so readouts of text (yes_no, likelihood) cannot read it. Use "
+                "readout.name: score_head, or prompt.mode: isolated."
+            )
 
     def _compile(self) -> dict[str, Part]:
         item = {"context", *self.fields}
@@ -198,6 +208,19 @@ class PromptTemplate:
             return (tokenizer.cls_token_id,), (), (tokenizer.sep_token_id,)
         bos = tokenizer.bos_token_id
         return (() if bos is None else (bos,)), (), ()
+
+    def _marker_tokens(self) -> Tokens:
+        """Returns the token that stands behind each candidate in mode `set`."""
+        if self.mode != "set":
+            return ()
+        tokenizer = self.tokenizer
+        for token in (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id):
+            if token in self._forbidden:
+                return (token,)
+        raise ConfigError(
+            "prompt.mode: set needs a marker that no text can become, and this base's tokenizer "
+            "has no eos, sep or cls token. Use prompt.mode: isolated."
+        )
 
     def _values(self, item: Item, context: Mapping[str, str]) -> dict[str, object]:
         values: dict[str, object] = {name: clean(item.fields.get(name, "")) for name in self.fields}
@@ -254,7 +277,7 @@ class PromptTemplate:
         self, slate: Slate, fixed: int, history: list[Tokens], leaves: list[CandidateTokens]
     ) -> list[Tokens]:
         """Returns the newest history with which the tree keeps to both budgets."""
-        sizes = [len(leaf.tokens) for leaf in leaves]
+        sizes = [len(leaf.tokens) + len(self._marker) for leaf in leaves]
         total = fixed + sum(sizes)
         deepest = total if self.mode == "joint" else fixed + max(sizes)
         room = self.max_tokens - total

@@ -28,6 +28,7 @@ def grow(
     candidates: Sequence[CandidateTokens],
     *,
     mode: str,
+    marker: tuple[int, ...] = (),
 ) -> PromptTree:
     """Returns the tree of a chained trunk with the candidates on it.
 
@@ -36,19 +37,29 @@ def grow(
         trunk: Segments from the root on, each the child of the one before; empty ones are left out.
         candidates: In the slate's order. None of them is empty.
         mode: `isolated`: each hangs from the end of the trunk. `joint`: each from the one before.
+            `set`: as isolated, and from each hangs a marker; markers see each other.
+        marker: The tokens of a marker, for mode `set`.
     """
     segments: list[Segment] = []
     for tokens in trunk:
         if tokens:
             segments.append(Segment(tokens, len(segments) - 1))
-    spans = []
+    spans, markers = [], []
     parent = len(segments) - 1
     for candidate in candidates:
         spans.append(CandidateSpan(len(segments), candidate.start, candidate.stop))
         segments.append(Segment(candidate.tokens, parent))
         if mode == "joint":
             parent = len(segments) - 1
-    return PromptTree(slate_id, tuple(segments), tuple(spans))
+        if mode == "set":
+            markers.append(len(segments))
+            segments.append(Segment(marker, len(segments) - 1))
+    return PromptTree(slate_id, tuple(segments), tuple(spans), tuple(markers))
+
+
+def ends(tree: PromptTree) -> tuple[int, ...]:
+    """Returns the segment in which each candidate ends: where scalar readouts read."""
+    return tree.markers or tuple(span.segment for span in tree.candidates)
 
 
 def token_count(tree: PromptTree) -> int:
@@ -66,7 +77,7 @@ def depths(tree: PromptTree) -> list[int]:
 
 
 def path_tokens(tree: PromptTree, segment: int) -> tuple[int, ...]:
-    """Returns what a segment's last token sees: the tokens from the root to the segment's end."""
+    """Returns the tokens from the root to a segment's end, which its last token sees."""
     pieces = []
     while segment >= 0:
         pieces.append(tree.segments[segment].tokens)
@@ -77,21 +88,23 @@ def path_tokens(tree: PromptTree, segment: int) -> tuple[int, ...]:
 def separate_token_count(tree: PromptTree) -> int:
     """Returns the tokens it would take to give every candidate a prompt of its own."""
     depth = depths(tree)
-    ends = (span.segment for span in tree.candidates)
-    return sum(depth[end] + len(tree.segments[end].tokens) for end in ends)
+    return sum(depth[end] + len(tree.segments[end].tokens) for end in ends(tree))
 
 
 def render(template: PromptTemplate, slate: Slate) -> str:
     """Returns a slate's tree as indented plain text, one line per segment, with token counts."""
     tree = template.tree(slate)
-    candidate_of = {span.segment: i for i, span in enumerate(tree.candidates)}
+    names = {
+        span.segment: f"  <- candidate {item.item_id}"
+        for span, item in zip(tree.candidates, slate.candidates, strict=True)
+    }
+    names |= {marker: "  <- its marker, which sees the others" for marker in tree.markers}
     lines = [f"slate {slate.slate_id}: {template.mode}, {len(tree.candidates)} candidates"]
     indent: list[int] = []
     for index, segment in enumerate(tree.segments):
         indent.append(0 if segment.parent < 0 else indent[segment.parent] + 1)
         text = template.tokenizer.decode(list(segment.tokens), skip_special_tokens=False)
-        owner = candidate_of.get(index)
-        name = "" if owner is None else f"  <- candidate {slate.candidates[owner].item_id}"
+        name = names.get(index, "")
         lines.append(f"{len(segment.tokens):5d}  {' ' * indent[index]}{text!r}{name}")
     total, separate = token_count(tree), separate_token_count(tree)
     lines.append(f"{total} tokens in the tree, of at most {template.max_tokens}")
