@@ -4,10 +4,7 @@
 # Several machines: the same command on each, with torchrun's --nnodes, --node-rank, --master-addr.
 set -euo pipefail
 processes=$(python -c "import torch; print(torch.cuda.device_count())")
-if [ "$processes" = 0 ]; then
-    processes=2
-    export ACCELERATE_USE_CPU=1 # without it, each process would train alone
-fi
+if [ "$processes" = 0 ]; then processes=2; fi
 echo "$processes processes"
 
 torchrun --standalone --nproc-per-node "$processes" -m peftrank train \

@@ -6,6 +6,7 @@ Every field's description is its documentation, in `--help` and in errors.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -180,7 +181,7 @@ class Config(_Section):
 
 
 def load_config(
-    path: Path | str | None = None,
+    path: Path | str | Mapping[str, Any] | None = None,
     *,
     domain: str | None = None,
     method: str | None = None,
@@ -190,7 +191,7 @@ def load_config(
     """Returns the configuration of a file or of a shipped domain, with overrides applied.
 
     Args:
-        path: A YAML file. Absent: the shipped file of `domain`.
+        path: A YAML file, or the keys themselves. Absent: the shipped file of `domain`.
         domain: A shipped domain, or the value of the `domain` key when `path` is given.
         method: Another method than the file's. It keeps those of the file's options that it has
             too (targets, layers, ...) and the defaults of the others.
@@ -251,13 +252,18 @@ def domains() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _CONFIGS.glob("*.yaml")))
 
 
-def _read(path: Path | str | None, domain: str | None) -> tuple[str, dict[str, Any]]:
+def _read(
+    path: Path | str | Mapping[str, Any] | None, domain: str | None
+) -> tuple[str, dict[str, Any]]:
+    if isinstance(path, Mapping):
+        return "the configuration", copy.deepcopy(dict(path))
     if path is None:
         if domain not in domains():
             hint = plugins.did_you_mean(domain or "", domains())
             raise ConfigError(
                 f"unknown domain {domain!r}{hint}. Shipped domains: {', '.join(domains())}. "
-                "For a domain of your own, write a YAML file and pass it with --config."
+                "A domain of your own is a YAML file, passed with --config; the line "
+                f"`domain: {domain}` is enough, what it leaves out has a default."
             )
         path = _CONFIGS / f"{domain}.yaml"
     source = Path(path)

@@ -107,8 +107,8 @@ def memory_plan(
     values, dtype = _architecture(config, architecture), _dtype(config, device)
     with torch.device("meta"):
         base = _hollow_base(values, dtype, config)
-        stored = _stored_bytes(base, config)
-        layer = max(sum(p.numel() for p in block.parameters()) for block in base.layers)
+        outside, weights, constants = _stored_bytes(base, config)
+        layer = weights // len(base.layers)
         options = {k: v for k, v in config.method.options.items() if k != "init"}  # needs weights
         method = plugins.load("methods", config.method.name)(total_steps=1000, **options)
         peft.get_peft_model(base.model, method.config(base.model))
@@ -128,12 +128,12 @@ def memory_plan(
         largest = max(m.weight.numel() for m in base.model.modules() if isinstance(m, nn.Linear))
         peak += largest * dtype.itemsize  # one weight at a time is dequantized
     return MemoryPlan(
-        base=stored // processes if sharded else stored,
+        base=outside + constants + (weights // processes if sharded else weights),
         adapter=4 * trained,
         gradients=4 * trained,
         optimizer=8 * trained,
         activations=peak,
-        gathered=2 * layer * dtype.itemsize if sharded else 0,
+        gathered=2 * layer if sharded else 0,
         process=0 if device != "cpu" else _LIBRARIES + _HEAP_BYTES + int((_HEAP_FACTOR - 1) * peak),
         rows=batch.input_ids.shape[0],
         tokens=batch.input_ids.shape[1],
@@ -234,25 +234,38 @@ def _hollow_base(values: Any, dtype: torch.dtype, config: Config) -> Base:  # no
     )
 
 
-def _stored_bytes(base: Base, config: Config) -> int:
-    """Returns the bytes of the base's weights as bitsandbytes keeps them."""
-    per = {"none": None, "int8": 1.0, "nf4": 0.5, "fp4": 0.5}[config.base.quantization]
-    if config.base.quantization in ("nf4", "fp4"):  # a constant per 64 weights
-        per = 0.5 + ((1 + 4 / 256) / 64 if config.base.double_quant else 4 / 64)
+def _stored_bytes(base: Base, config: Config) -> tuple[int, int, int]:
+    """Returns the bytes of the base's weights as bitsandbytes keeps them.
+
+    They are those outside the blocks, the blocks' weights (which may be sharded), and the
+    constants of the blocks' quantized weights (which stay whole).
+    """
+    quantization = config.base.quantization
+    packed = {"none": None, "int8": 1.0, "nf4": 0.5, "fp4": 0.5}[quantization]
+    # One constant for 64 weights: 32 bits, or, quantized themselves, 8 bits and 32 for 256 of them.
+    per_weight = (1 + 4 / 256) / 64 if config.base.double_quant else 4 / 64
+    inside = {id(module) for block in base.layers for module in block.modules()}
     head = base.model.get_output_embeddings() if base.is_decoder else None
     seen: set[int] = set()
-    total = 0.0
+    outside = weights = constants = 0.0
     for module in base.model.modules():
         for parameter in module.parameters(recurse=False):
             if id(parameter) in seen:  # tied
                 continue
             seen.add(id(parameter))
-            packed = isinstance(module, nn.Linear) and module is not head and parameter.dim() == 2
-            each = per if packed and per is not None else parameter.dtype.itemsize
-            total += parameter.numel() * each
-            if packed and config.base.quantization == "int8":
-                total += 4 * parameter.shape[0]
-    return int(total)
+            linear = isinstance(module, nn.Linear) and module is not head and parameter.dim() == 2
+            if packed is None or not linear:
+                size, extra = float(parameter.numel() * parameter.dtype.itemsize), 0.0
+            elif quantization == "int8":
+                size, extra = parameter.numel() * packed, 4.0 * parameter.shape[0]
+            else:
+                size, extra = parameter.numel() * packed, parameter.numel() * per_weight
+            if id(module) in inside:
+                weights += size
+                constants += extra
+            else:
+                outside += size + extra
+    return int(outside), int(weights), int(constants)
 
 
 def _largest_pass(

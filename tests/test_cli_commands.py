@@ -109,6 +109,18 @@ def test_evaluate_prints_a_table_and_writes_a_page_and_json(cli, place, given):
         assert name in (place / "out" / "r.html").read_text()
 
 
+def test_a_domain_of_ones_own_is_known_by_its_adapter(cli, place, workplace, tmp_path):
+    own = tmp_path / "books.yaml"
+    own.write_text(f"domain: books\nbase: {{name: {workplace / 'base'}, quantization: none}}\n")
+    data = ["--data", str(workplace / "data")]
+    cli("train", "--config", own, *data, "--output", "books", "--set", "training.max_steps=1")
+    chosen = ["--domain", "books", "--store", "books", *data]
+    assert "popularity" in cli("evaluate", *chosen, "--baselines", "popularity").out
+    assert "Ranking" in cli("rank", *chosen, "--index", "0").out
+    exported = cli("adapters", "export", "books", "merged", "--merge", "--store", "books", *data)
+    assert "scores differ by at most" in exported.out
+
+
 def test_evaluate_without_an_adapter_measures_the_baselines(cli, place, given):
     shutil.rmtree("adapters")
     options = ("--adapter", "none", "--baselines", "random", "--limit", 2, "--json", "r.json")

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from peftrank.base import load_base
 from peftrank.config import load_config
@@ -84,8 +85,14 @@ def test_a_sharded_base_is_shared_and_whole_layers_are_gathered(config):
     settings = config(**{"base.compute_dtype": "bfloat16"})
     whole = memory_plan(settings, device="cuda")
     shared = memory_plan(settings, device="cuda", processes=4, sharded=True)
-    assert shared.base == whole.base // 4
-    assert shared.gathered > 0 == whole.gathered
+    with torch.device("meta"):
+        values = AutoConfig.from_pretrained(settings.base.name)
+        model = AutoModelForCausalLM.from_config(values, dtype=torch.bfloat16)
+    blocks = sum(p.nbytes for p in model.model.layers.parameters())
+    assert whole.base == sum(p.nbytes for p in model.parameters())
+    assert shared.base == whole.base - blocks + blocks // 4  # embeddings are not sharded
+    assert shared.gathered == 2 * blocks // len(model.model.layers)
+    assert whole.gathered == 0
     assert whole.process == 0
 
 

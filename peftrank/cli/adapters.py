@@ -114,13 +114,16 @@ def export(
         typer.echo(f"{output}: PEFT's files, and the readout's weights beside them")
         return
     from peftrank.base import load_base
-    from peftrank.cli.settings import settings_of, slates_of
+    from peftrank.cli.settings import slates_of
+    from peftrank.config import Config, DataConfig
     from peftrank.export import check_mergeable
     from peftrank.export import merge as merged
+    from peftrank.training.data import folder_data
 
     check_mergeable(folder)  # before the base is loaded, which takes longer
     name = base or manifest["base"]["name"]
-    slates = slates_of(settings_of(domain=manifest["domain"], data=data), "test")[:limit]
+    files = DataConfig() if data is None else folder_data(data)
+    slates = slates_of(Config(domain=manifest["domain"], data=files), "test")[:limit]
     revision = None if base else manifest["base"]["revision"]
     loaded = load_base(name, quantization="none", compute_dtype="float32", revision=revision)
     drift = merged(folder, output, base=loaded, slates=slates, dtype=dtype)

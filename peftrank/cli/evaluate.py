@@ -41,7 +41,9 @@ def command(
     from peftrank.training.data import read_part
     from peftrank.training.run import prompt_arguments
 
-    settings = settings_of(domain=domain, config=config, base=base, data=data, set_=set_)
+    settings = settings_of(
+        domain=domain, config=config, base=base, data=data, set_=set_, store=store
+    )
     folder = None if adapter == "none" else find_adapter(adapter, settings, store)
     slates = slates_of(settings, part)[:limit]
     train = read_part(settings.data, settings.domain, "train")

@@ -84,7 +84,9 @@ def command(
     from peftrank.errors import ConfigError
     from peftrank.serving import bulk
 
-    settings = settings_of(domain=domain, config=config, base=base, data=data, set_=set_)
+    settings = settings_of(
+        domain=domain, config=config, base=base, data=data, set_=set_, store=store
+    )
     if index is not None and input_ is None and output is None:
         slate = slate_at(settings, "test", index)
         found = bulk.find_adapter(adapter or settings.domain, store)

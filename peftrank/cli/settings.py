@@ -19,12 +19,17 @@ def settings_of(
     base: str | None = None,
     data: Path | None = None,
     set_: list[str] | None = None,
+    store: Path | None = None,
     check_options: bool = True,
 ) -> Config:
     """Returns the configuration that the options describe; see `load_config`.
 
+    A domain that has no shipped file is looked up in `store`, if that is given: its active adapter
+    knows what it was trained with.
+
     Raises:
         ConfigError: neither a domain nor a file, or anything wrong with them.
+        AdapterError: the store's adapter of the domain is damaged.
     """
     from peftrank.config import domains, load_config, parse_overrides
     from peftrank.errors import ConfigError
@@ -41,9 +46,23 @@ def settings_of(
         files = folder_data(data).model_dump(mode="json", exclude={"features"})
         overrides |= {f"data.{part}": path for part, path in files.items()}
     overrides |= parse_overrides(set_ or [])
+    known: Path | dict[str, Any] | None = config
+    if config is None and store is not None and domain not in domains():
+        known = _recorded(str(domain), store)
     return load_config(
-        config, domain=domain, method=method, overrides=overrides, check_options=check_options
+        known, domain=domain, method=method, overrides=overrides, check_options=check_options
     )
+
+
+def _recorded(domain: str, store: Path) -> dict[str, Any] | None:
+    """Returns the keys that the domain's active adapter was trained with, if there is one."""
+    from peftrank.store import active, domains, load_adapter
+
+    if domain not in domains(store) or active(store, domain) is None:
+        return None
+    recorded = dict(load_adapter(store / domain / str(active(store, domain))).manifest["config"])
+    # Of the files only the names are kept, not where they were.
+    return recorded | {"data": {"features": recorded.get("data", {}).get("features")}}
 
 
 def slates_of(settings: Config, part: str) -> list[Slate]:

@@ -158,6 +158,9 @@ def _header(path: Path, cells: list[str], columns: Sequence[str]) -> list[str]:
     missing = [column for column in columns if column not in header]
     if missing:
         raise DataError(
-            f"the header lacks {', '.join(missing)}; it has {', '.join(header)}", path=path, line=1
+            f"the header lacks {', '.join(missing)}; it has {', '.join(header)}. Rename the column "
+            "that holds it.",
+            path=path,
+            line=1,
         )
     return header
