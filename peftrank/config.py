@@ -10,10 +10,17 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
@@ -71,10 +78,35 @@ class ReadoutConfig(_Named):
     name: str = "score_head"
 
 
+class Propensity(_Section):
+    """How likely each position was looked at, when the labels are clicks on shown lists.
+
+    A click at a position is given the weight 1 / (its chance to be looked at), everything else 1
+    (Joachims et al., Unbiased Learning-to-Rank with Biased Feedback, WSDM 2017).
+    """
+
+    power: float | None = Field(None, ge=0)
+    """The chance at position p (1 = the top) is 1 / p^power."""
+    examination: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = Field(None, min_length=1)
+    """The chance at each position, from the top; the last one holds for all that follow."""
+    largest_weight: float = Field(10.0, ge=1)
+    """Weights are cut here: a little bias for much less variance."""
+    position: str | None = None
+    """The candidate feature that holds the position; absent: the order of the candidates."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.power is None) == (self.examination is None):
+            raise ValueError("give one of power and examination")
+        return self
+
+
 class LossConfig(_Named):
     """The training objective; further keys are the loss's options."""
 
     name: str = "listnet"
+    propensity: Propensity | None = None
+    """Corrects clicks for the position they were made at. Absent: labels are taken as they are."""
 
 
 class Template(_Section):
@@ -379,5 +411,6 @@ def _explain(error: ValidationError, source: str, overrides: Mapping[str, Any]) 
 def _fields_of(location: tuple[str | int, ...]) -> list[str]:
     model: Any = Config
     for part in location:
-        model = model.model_fields[str(part)].annotation
+        annotation: Any = model.model_fields[str(part)].annotation
+        model = next((a for a in get_args(annotation) if a is not type(None)), annotation)
     return sorted(model.model_fields)

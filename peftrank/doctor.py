@@ -37,6 +37,7 @@ from peftrank.errors import BaseModelError, PeftRankError
 from peftrank.model import RankingModel
 from peftrank.prompts import PromptTemplate, feature_tensor, micro_batches, pack, token_count
 from peftrank.training.data import feature_names, read_part, step_batches
+from peftrank.training.objective import objective
 from peftrank.training.run import prompt_arguments
 from peftrank.types import Batch
 
@@ -303,6 +304,7 @@ def _largest_pass(
                 [trees[i] for i in group],
                 pad_token_id=base.pad_token_id,
                 labels=[slate.labels for slate in part],
+                weights=[slate.weights for slate in part],
                 features=feature_tensor(part, names) if names else None,
             )
             if largest is None or batch.input_ids.numel() > largest.input_ids.numel():
@@ -363,7 +365,7 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _pass_peak(model: RankingModel, batch: Batch, config: Config) -> int:
     """Returns the most bytes that a forward and backward pass has alive beside its weights."""
-    loss = plugins.load("losses", config.loss.name)
+    minimised = objective(config)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, _fake_weights(model):
         tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
@@ -376,7 +378,9 @@ def _pass_peak(model: RankingModel, batch: Batch, config: Config) -> int:
             alive.known[tensor.untyped_storage()] = None
         with alive:
             scores = model(batch)
-            loss(scores, batch.labels, batch.mask, **config.loss.options).sum().backward()
+            reference = scores.detach().clone() if minimised.takes_reference else None
+            total: Any = minimised(scores, batch, reference).sum()
+            total.backward()
     return alive.peak
 
 

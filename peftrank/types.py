@@ -48,6 +48,9 @@ class Slate:
     domain: str | None = None
     context: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
     """Further text a template may use: `{"device": "phone"}`."""
+    weights: tuple[float, ...] | None = None
+    """How much each candidate's part of the training loss counts, >= 0; None: each as 1. Inverse
+    propensities of clicks go here. Nothing else reads them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,8 @@ class Batch:
     """(S, N) bool; False where a shorter slate is padded."""
     labels: Tensor | None = None
     """(S, N) float; 0 at padding."""
+    weights: Tensor | None = None
+    """(S, N) float, >= 0; 0 at padding. None: every candidate counts as 1."""
     features: Tensor | None = None
     """(S, N, F) float, NaN = missing."""
     slate_ids: tuple[str, ...] = ()

@@ -92,6 +92,7 @@ _SLATES = [
         "timestamp": 1500000000,
         "domain": "news",
         "context": {"device": "phone"},
+        "weights": [2.5, 1, 1],
     },
     {"slate_id": "s2", "user_id": "u2", "history": [], "candidates": [_ITEM], "labels": None},
 ]

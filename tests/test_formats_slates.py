@@ -64,6 +64,7 @@ def _slate(draw):
         timestamp=draw(st.none() | _number),
         domain=draw(st.none() | _id),
         context=draw(st.dictionaries(_text, _text, max_size=2)),
+        weights=numbers(grade, len(candidates)),
     )
 
 
@@ -196,6 +197,13 @@ BAD = {
         record(history_feedback=[1, 2]),
         "history_feedback has 2 numbers for 1 history items",
     ),
+    "a negative weight": (
+        record(weights=[0.5, -2]),
+        r"weights\[1\] is -2.0; it must be at least 0",
+    ),
+    "weights of another length": (record(weights=[1]), "weights has 1 numbers for 2 candidates"),
+    "a weight that is no number": (record(weights=[1, "2"]), r"weights\[1\] must be a number"),
+    "an infinite weight": (record(weights=[1, math.inf]), r"weights\[1\] is inf"),
     "a time as text": (record(timestamp="2020-01-01"), "timestamp must be a number"),
     "a context that is an array": (record(context=[]), "context must be an object of texts"),
     "half a character": (record(user_id="\ud800"), "user_id holds a lone surrogate"),

@@ -40,6 +40,7 @@ SLATES = pa.schema(
         ("timestamp", pa.float64()),
         ("domain", pa.string()),
         ("context", pa.map_(pa.string(), pa.string())),
+        ("weights", pa.list_(pa.float64())),
     ]
 )
 

@@ -13,7 +13,9 @@ from peftrank.plugins import did_you_mean
 from peftrank.types import Item, Slate
 
 _REQUIRED = ("slate_id", "user_id", "history", "candidates")
-SLATE_KEYS = (*_REQUIRED, "labels", "history_feedback", "timestamp", "domain", "context")
+SLATE_KEYS = (
+    *_REQUIRED, "labels", "history_feedback", "timestamp", "domain", "context", "weights",
+)  # fmt: skip
 ITEM_KEYS = ("item_id", "fields", "features")
 Lookup = Callable[[str], Item]
 """Item id to item with its text; raises ValueError when it is in no items file."""
@@ -38,7 +40,7 @@ def slate_from_record(record: Any, lookup: Lookup) -> Slate:  # noqa: ANN401 - a
 
 
 def slate_record(slate: Slate, *, by_id: bool = False) -> dict[str, Any]:
-    """Returns the record of a slate, with every key.
+    """Returns the record of a slate, with every key but `weights` where it has none.
 
     Args:
         slate: The slate.
@@ -47,7 +49,7 @@ def slate_record(slate: Slate, *, by_id: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: the slate breaks a rule of the format, so that it could not be read back.
     """
-    record = {
+    record: dict[str, Any] = {
         "slate_id": slate.slate_id,
         "user_id": slate.user_id,
         "history": [item_record(item, with_fields=not by_id) for item in slate.history],
@@ -58,6 +60,8 @@ def slate_record(slate: Slate, *, by_id: bool = False) -> dict[str, Any]:
         "domain": slate.domain,
         "context": dict(slate.context),
     }
+    if slate.weights is not None:
+        record["weights"] = _plain(slate.weights)
     slate_from_record(record, Item)
     return record
 
@@ -115,6 +119,7 @@ def _slate(record: Any, lookup: Lookup) -> Slate:  # noqa: ANN401
         timestamp=None if timestamp is None else _number(timestamp, "timestamp"),
         domain=None if domain is None else _text(domain, "domain"),
         context={} if context is None else _texts(context, "context"),
+        weights=_numbers(record.get("weights"), "weights", len(candidates), "candidates", 0.0),
     )
 
 

@@ -9,9 +9,10 @@ Each loss is a sum of terms that belong to candidates: pointwise to every candid
 the better candidate of a pair, listwise to a relevant candidate. `weights` multiply the terms of
 their candidate, and nothing is divided by their sum: a weight of 2 counts a candidate's terms
 twice, a weight of 0 leaves them out (the candidate still is a rival of the others). Inverse
-propensities of clicks go here, with 1 for candidates without a click.
+propensities of clicks go here, with 1 for candidates without a click. They are `Slate.weights`.
 
 A slate without a relevant candidate, or with one candidate, has loss 0 and gradient 0. Only the
 pointwise losses, bce and mse, learn from it. A loss that compares with frozen scores takes them
-as the keyword `reference` (S, N), which is no option: the caller computes it.
+as the keyword `reference` (S, N), which is no option: training computes it, with the base without
+the adapter and the readout of the start.
 """

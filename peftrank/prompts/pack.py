@@ -63,6 +63,7 @@ def pack(
     pad_token_id: int,
     row_tokens: int = 512,
     labels: Sequence[Sequence[float] | None] | None = None,
+    weights: Sequence[Sequence[float] | None] | None = None,
     features: Tensor | None = None,
     groups: Sequence[int] | None = None,
 ) -> Batch:
@@ -76,12 +77,14 @@ def pack(
         pad_token_id: Fills the ends of shorter rows.
         row_tokens: The most tokens in a row that holds several trees.
         labels: Per tree one value per candidate, or None; any None means a batch without labels.
+        weights: Per tree one value per candidate, or None for all 1; a batch in which all are None
+            has none.
         features: (S, N, F) float, NaN = missing.
         groups: Per tree a number, where trees of different groups are read with different
             adapters. They then share no tokens, and `spans` says which tokens are whose.
 
     Raises:
-        DataError: no trees, or labels that do not fit the candidates.
+        DataError: no trees, or labels or weights that do not fit the candidates.
     """
     if not trees:
         raise DataError("no slates to pack; expected at least one")
@@ -98,6 +101,7 @@ def pack(
         spans=() if groups is None else _spans(trie, rows),
         **_candidate_tensors(trie, trees, nodes, rows),
         labels=_labels(trees, labels),
+        weights=_weights(trees, weights),
         features=features,
         slate_ids=tuple(tree.slate_id for tree in trees),
     )
@@ -116,6 +120,7 @@ def of_slates(batch: Batch, indices: Sequence[int], features: Tensor | None = No
         batch,
         **places,
         labels=None if batch.labels is None else batch.labels[indices],
+        weights=None if batch.weights is None else batch.weights[indices],
         features=features,
         slate_ids=tuple(batch.slate_ids[i] for i in indices),
     )
@@ -359,14 +364,30 @@ def _labels(
     known = [row for row in labels or () if row is not None]
     if labels is None or len(known) < len(labels):
         return None
-    if len(known) != len(trees):
-        raise DataError(f"{len(known)} rows of labels for {len(trees)} slates")
+    return _padded("labels", trees, known)
+
+
+def _weights(
+    trees: Sequence[PromptTree], weights: Sequence[Sequence[float] | None] | None
+) -> Tensor | None:
+    if weights is None or all(row is None for row in weights):
+        return None
+    rows = [
+        [1.0] * len(tree.candidates) if row is None else row
+        for tree, row in zip(trees, weights, strict=True)
+    ]
+    return _padded("weights", trees, rows)
+
+
+def _padded(what: str, trees: Sequence[PromptTree], rows: Sequence[Sequence[float]]) -> Tensor:
+    if len(rows) != len(trees):
+        raise DataError(f"{len(rows)} rows of {what} for {len(trees)} slates")
     padded = torch.zeros(len(trees), max(len(tree.candidates) for tree in trees))
-    for s, (tree, row) in enumerate(zip(trees, known, strict=True)):
+    for s, (tree, row) in enumerate(zip(trees, rows, strict=True)):
         if len(row) != len(tree.candidates):
             raise DataError(
                 f"slate {tree.slate_id!r} has {len(tree.candidates)} candidates but "
-                f"{len(row)} labels"
+                f"{len(row)} {what}"
             )
         padded[s, : len(row)] = torch.tensor(row)
     return padded

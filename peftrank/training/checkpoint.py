@@ -69,6 +69,8 @@ def save(run: Run) -> Path:
         "optimizer": _optimizer_tensors(run),
         "random": {"torch": torch.get_rng_state()},
     }
+    if run.reference is not None:
+        groups["reference"] = run.reference.state_dict()
     folder = run.folder / f"checkpoint-{run.step}"
     if run.accelerator.is_main_process:
         _write(folder, values, groups)
@@ -89,6 +91,8 @@ def restore(run: Run, saved: Checkpoint) -> None:
             "Put the files back as they were, or train anew."
         )
     put_back(run, Snapshot(groups["adapter"], values["method"], groups["readout"]))
+    if run.reference is not None:
+        run.reference.load_state_dict(groups["reference"])
     _restore_optimizer(run, groups["optimizer"])
     torch.set_rng_state(groups["random"]["torch"])
     run.step, run.stale, run.best_step = values["step"], values["stale"], values["best_step"]

@@ -26,12 +26,13 @@ from peftrank.base import Base
 from peftrank.config import Config
 from peftrank.errors import PeftRankError
 from peftrank.metrics import per_slate
+from peftrank.model import hidden_states, read
 from peftrank.training import checkpoint, distributed
 from peftrank.training.data import step_batches, steps_per_epoch
 from peftrank.training.progress import Progress
 from peftrank.training.publish import publish
 from peftrank.training.run import Run, new_folder, put_back, shared_passes, snapshot, start
-from peftrank.types import Slate
+from peftrank.types import Batch, Slate
 
 SELECT_BY = "ndcg@10"
 
@@ -168,8 +169,9 @@ def _backward(run: Run, slates: Sequence[Slate]) -> tuple[float, float]:
     run.model.train()
     loss, tokens = 0.0, 0
     for _, batch, counts in shared_passes(run, slates):
+        reference = _reference_scores(run, batch)
         scores = run.model(batch)
-        losses = run.loss(scores, batch.labels, batch.mask, **run.config.loss.options)
+        losses = run.objective(scores, batch, reference)
         value = losses.sum() * (float(counts) / len(slates))
         accelerator.backward(value)
         loss += float(value.detach())
@@ -180,6 +182,18 @@ def _backward(run: Run, slates: Sequence[Slate]) -> tuple[float, float]:
     distributed.add_up_gradients(_trainable(run), accelerator)
     total = distributed.add_up([loss, tokens], accelerator)
     return total[0], total[1]
+
+
+def _reference_scores(run: Run, batch: Batch) -> Tensor | None:
+    """Returns the scores (S, N) of the base without the adapter, read by the readout of the start.
+
+    None where the loss compares with no reference. Packed as the model's own pass, so that only
+    what was trained makes a difference.
+    """
+    if run.reference is None:
+        return None
+    with torch.no_grad(), run.adapted.disable_adapter(), run.accelerator.autocast():
+        return read(run.reference, hidden_states(run.base, batch), batch)
 
 
 def _trainable(run: Run) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,12 @@ from peftrank.training.data import (
     read_part,
     steps_per_epoch,
 )
+from peftrank.training.objective import (
+    Objective,
+    check_weights,
+    objective,
+    with_propensities,
+)
 from peftrank.types import Batch, PromptTree, Slate
 
 
@@ -59,7 +66,9 @@ class Run:
     """Whether the base is, so that every process must take part in every pass."""
     readout: nn.Module
     optimizer: Any
-    loss: Any
+    objective: Objective
+    reference: nn.Module | None
+    """The readout as it was at the start, where the loss compares with a frozen reference."""
     train: list[Slate]
     valid: list[Slate]
     features: tuple[str, ...]
@@ -123,7 +132,10 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
     method = plugins.load("methods", config.method.name)(
         total_steps=total_steps, **config.method.options
     )
-    loss = plugins.load("losses", config.loss.name)
+    minimised = objective(config)
+    if config.loss.propensity is not None:
+        train = with_propensities(train, config.loss.propensity)
+    check_weights(minimised, train)
     sharding = distributed.sharding(
         config.base.quantization, config.method.name, config.method.options
     )
@@ -165,7 +177,8 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
         sharded=sharding is not None,
         readout=readout,
         optimizer=accelerator.prepare_optimizer(optimizer),
-        loss=loss,
+        objective=minimised,
+        reference=_frozen(readout, base) if minimised.takes_reference else None,
         train=train,
         valid=valid,
         features=features,
@@ -232,6 +245,11 @@ def _build_readout(
     return readout
 
 
+def _frozen(readout: nn.Module, base: Base) -> nn.Module:
+    """Returns a copy of a readout that does not train; it shares the base's vocabulary head."""
+    return copy.deepcopy(readout, {id(base.lm_head): base.lm_head}).requires_grad_(False).eval()
+
+
 def prompt_arguments(config: Config) -> dict[str, Any]:
     """Returns the configured arguments of PromptTemplate, but for `turn` and `max_depth`."""
     prompt = config.prompt
@@ -277,6 +295,7 @@ def passes(run: Run, slates: Sequence[Slate]) -> Iterator[tuple[list[Slate], Bat
             [trees[i] for i in group],
             pad_token_id=run.base.pad_token_id,
             labels=[slate.labels for slate in part],
+            weights=[slate.weights for slate in part],
             features=feature_tensor(part, run.features) if run.features else None,
         )
         yield part, move(batch, run.base.device)
