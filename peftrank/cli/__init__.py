@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import typer
 
 from peftrank import __version__
-from peftrank.cli import adapters, data, doctor, evaluate, prompt, rank, serve, train
+from peftrank.cli import adapters, data, doctor, evaluate, prompt, rank, serve, train, tune
 from peftrank.errors import PeftRankError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("train")(train.command)
 app.command("evaluate")(evaluate.command)
 app.command("rank")(rank.command)
 app.command("serve")(serve.command)
+app.command("tune")(tune.command)
 app.command("doctor")(doctor.command)
 app.add_typer(data.app, name="data")
 app.add_typer(prompt.app, name="prompt")

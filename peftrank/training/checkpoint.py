@@ -106,11 +106,16 @@ def restore(run: Run, saved: Checkpoint) -> None:
 
 def check_config(saved: Checkpoint, config: Config) -> None:
     """Raises ConfigError naming every key in which `config` differs from the saved run's."""
-    then, now = (_flat(c.model_dump(mode="json")) for c in (saved.config, config))
+    then, now = (c.model_dump(mode="json") for c in (saved.config, config))
+    if then != now:
+        raise ConfigError(f"cannot resume with another configuration: {differences(then, now)}")
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """Returns every dotted key in which two configurations differ, with both values."""
+    then, now = _flat(then), _flat(now)
     keys = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
-    if keys:
-        shown = ", ".join(f"{k} (was {then.get(k)!r}, now {now.get(k)!r})" for k in keys)
-        raise ConfigError(f"cannot resume with another configuration: {shown}")
+    return ", ".join(f"{k} (was {then.get(k)!r}, now {now.get(k)!r})" for k in keys)
 
 
 def load(path: Path) -> Checkpoint:

@@ -13,7 +13,7 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -43,6 +43,10 @@ class Interrupted(PeftRankError):
     exit_code = 1
 
 
+class Diverged(PeftRankError):
+    """The loss is not finite any more."""
+
+
 def train(
     config: Config,
     *,
@@ -69,7 +73,7 @@ def train(
     if saved is not None:
         checkpoint.check_config(saved, config)
     run = start(config, saved.run if saved else new_folder(output, config), base)
-    try:
+    with _given_back(run):
         if saved is not None:
             checkpoint.restore(run, saved)
         shown = progress and run.accelerator.is_main_process
@@ -77,6 +81,39 @@ def train(
             _steps(run, bar, stopping)
             value = _finish(run)
         return publish(run, output, {f"valid_{SELECT_BY}": value})
+
+
+def measure(
+    config: Config, *, folder: Path, base: Base, watch: Callable[[int, float], None]
+) -> float:
+    """Trains as `train` does and returns the adapter's validation nDCG@10; nothing is published.
+
+    Args:
+        config: The run.
+        folder: Where its `metrics.jsonl` goes. There are no checkpoints.
+        base: Given back as `train` does.
+        watch: Called after each evaluation with the step and the value; what it raises ends the
+            run.
+
+    Raises:
+        ConfigError, DataError, BaseModelError: see their messages.
+        Diverged: the loss is not finite any more.
+        Interrupted: Ctrl-C or SIGTERM.
+    """
+    run = start(config, folder, base)
+    with _given_back(run), _stop_signals() as stopping:
+        _steps(run, Progress(run.total_steps, shown=False), stopping, watch)
+        value = _finish(run)
+        if stopping.is_set():
+            raise Interrupted(f"stopped after step {run.step} of {run.total_steps}.")
+        return value
+
+
+@contextmanager
+def _given_back(run: Run) -> Iterator[None]:
+    """Takes a run's adapter out of the base at the end."""
+    try:
+        yield
     finally:
         run.adapted.unload()
         run.base.model.eval()
@@ -96,7 +133,13 @@ def learning_rate_factor(step: int, total_steps: int, warmup_ratio: float, sched
     return 0.5 * (1.0 + math.cos(math.pi * done)) if schedule == "cosine" else 1.0 - done
 
 
-def _steps(run: Run, bar: Progress, stopping: threading.Event) -> None:
+def _steps(
+    run: Run,
+    bar: Progress,
+    stopping: threading.Event,
+    watch: Callable[[int, float], None] | None = None,
+) -> None:
+    """Takes the steps that are left; with `watch`, which is given evaluations, saves nothing."""
     training = run.config.training
     run.start_log()
     batches = step_batches(
@@ -119,16 +162,19 @@ def _steps(run: Run, bar: Progress, stopping: threading.Event) -> None:
             values[f"valid_{SELECT_BY}"] = _evaluate(run)
         run.log(values)
         bar.update(run.step, values)
+        if watch is not None and f"valid_{SELECT_BY}" in values:
+            watch(run.step, values[f"valid_{SELECT_BY}"])
         if run.stale >= training.patience:
             return
         if stopping.is_set():
             run.accelerator.set_trigger()  # processes get the signal at different steps
         if run.accelerator.check_trigger() and not last:
-            raise Interrupted(
-                f"stopped after step {run.step} of {run.total_steps}. "
-                f"Continue with: peftrank train --resume {shlex.quote(str(checkpoint.save(run)))}"
-            )
-        if run.step % training.checkpoint_steps == 0 and not last:
+            message = f"stopped after step {run.step} of {run.total_steps}."
+            if watch is None:
+                saved = shlex.quote(str(checkpoint.save(run)))
+                message += f" Continue with: peftrank train --resume {saved}"
+            raise Interrupted(message)
+        if watch is None and run.step % training.checkpoint_steps == 0 and not last:
             checkpoint.save(run)
 
 
@@ -142,7 +188,7 @@ def _optimize(run: Run, slates: Sequence[Slate]) -> dict[str, float]:
         group["lr"] = group["initial_lr"] * factor
     loss, tokens = _backward(run, slates)
     if not math.isfinite(loss):
-        raise PeftRankError(
+        raise Diverged(
             f"the loss is {loss} at step {run.step + 1}. Lower training.learning_rate "
             f"(now {run.learning_rate}) or training.max_grad_norm."
         )

@@ -141,7 +141,7 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
     )
     accelerator = distributed.start_accelerator(training, folder)
     torch.manual_seed(config.seed)
-    base = base or _load_base(config, accelerator.device, sharded=sharding is not None)
+    base = base or configured_base(config, accelerator.device, sharded=sharding is not None)
     features = feature_names(train, config.data.features)
     readout = _build_readout(config, base, features, train)
     template = PromptTemplate(
@@ -204,7 +204,12 @@ def _labelled_part(config: Config, part: str, limit: int | None = None) -> list[
     return slates
 
 
-def _load_base(config: Config, device: torch.device, *, sharded: bool) -> Base:
+def configured_base(config: Config, device: torch.device, *, sharded: bool = False) -> Base:
+    """Returns the base of `config.base`, loaded for training on a device.
+
+    Raises:
+        BaseModelError: see `load_base`.
+    """
     dtype: str = config.base.compute_dtype
     if dtype == "auto":  # of the device that computes, wherever the weights are first read to
         dtype = str(native_dtype(device)).removeprefix("torch.")
