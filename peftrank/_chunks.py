@@ -25,7 +25,7 @@ class Chunk:
         self.full_length = length
         length = np.minimum(length, limit)
         width = np.diff(lists.candidate_start)[slates]
-        self.rows = _ranges(lists.candidate_start[slates], width)
+        self.rows = ranges(lists.candidate_start[slates], width)
         self.slate = np.repeat(np.arange(len(slates)), width)
         self.item = lists.candidate[self.rows]
         self.user = lists.user[slates][self.slate]
@@ -33,7 +33,7 @@ class Chunk:
         self.rank = statistics.rank_of(self.time)
         self.length = length[self.slate]
         first = (lists.history_start[slates + 1] - length)[self.slate]
-        self.history = lists.history[_ranges(first, self.length)]
+        self.history = lists.history[ranges(first, self.length)]
         self.candidate = np.repeat(np.arange(len(self.rows)), self.length)
         start = np.cumsum(self.length) - self.length
         place = np.arange(len(self.history)) - start[self.candidate]
@@ -48,6 +48,12 @@ class Chunk:
         """What is known about each pair, (P,) each."""
         user, rank = self.pair(self.user), self.pair(self.rank)
         return self._statistics.pairs(user, self.history, self.pair(self.item), rank)
+
+    @property
+    def pair_keys(self) -> Ints:
+        """What `Statistics.count_pairs` has to count for these pairs, (2P,)."""
+        item, items = self.pair(self.item), self._statistics.items
+        return np.concatenate((self.history * items + item, item * items + self.history))
 
     @cached_property
     def of_history(self) -> Ints:
@@ -91,7 +97,7 @@ class Chunk:
         return column[self.candidate]
 
 
-def _ranges(start: Ints, length: Ints) -> Ints:
+def ranges(start: Ints, length: Ints) -> Ints:
     """Returns start[0], start[0]+1, ... for each range, one after another."""
     offset = np.cumsum(length) - length
     return np.asarray(np.arange(int(length.sum())) + np.repeat(start - offset, length))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from peftrank._lists import Floats, Ints, Sequences
 
@@ -18,6 +19,9 @@ UNIT = 1024
 """Fixed-point weights: 1024 is one."""
 WINDOW = 50
 """Items of one sequence further apart than this are no pair, so long sequences stay linear."""
+
+WANTED_BITS = 26
+"""Two to this power bytes tell most pairs that nobody asks for."""
 
 
 class EventCounts:
@@ -102,11 +106,15 @@ class Statistics:
         self.moments = np.unique(self.time) if timed else np.zeros(1)
         rank = np.searchsorted(self.moments, self.time) if timed else np.zeros_like(self.item)
         self.rank = rank
-        own = self.user * items + self.item
-        self._own_order = np.argsort(own, kind="stable")
-        self._own = own[self._own_order]
-        depth = self.position * UNIT // np.maximum(self.length[self.user] - 1, 1)
-        self.popularity = EventCounts(self.item, rank, (depth,))
+        # With times, nobody asks for a user's own part, nor for depths, which need its end.
+        self._own = self._own_order = np.zeros(0, np.int64)
+        depth: tuple[Ints, ...] = ()
+        if not timed:
+            own = self.user * items + self.item
+            self._own_order = np.argsort(own, kind="stable")
+            self._own = own[self._own_order]
+            depth = (self.position * UNIT // np.maximum(self.length[self.user] - 1, 1),)
+        self.popularity = EventCounts(self.item, rank, depth)
         started = np.zeros_like(self.user[self.position == 0])
         self.started = EventCounts(started, rank[self.position == 0])
         self._pairs: EventCounts | None = None
@@ -135,16 +143,23 @@ class Statistics:
         return np.asarray((self._own[place] == key) & (user >= 0))
 
     def counts(self, user: Ints, item: Ints, rank: Ints) -> tuple[Ints, Ints]:
-        """Returns how many other users met the item, and the sum of its depths in 1/1024."""
+        """Returns how many other users met the item, and the sum of its depths in 1/1024.
+
+        As of time there are no depths.
+        """
+        if self.timed:
+            return self.popularity.before(item, rank)[0], np.zeros_like(item)
         count, depth = self.popularity.before(item, rank)
         own = self.own_position(user, item)
         share = own * UNIT // np.maximum(self.length_of(user) - 1, 1)
         return count - (own >= 0), depth - np.where(own >= 0, share, 0)
 
     def pairs(self, user: Ints, first: Ints, second: Ints, rank: Ints) -> Pairs:
-        """Returns what is known about history items `first` and candidates `second`."""
-        if self._pairs is None:
-            self._pairs = self._pair_counts()
+        """Returns what is known about history items `first` and candidates `second`.
+
+        `count_pairs` has counted them.
+        """
+        assert self._pairs is not None
         forward, near, light = self._pairs.before(first * self.items + second, rank)
         backward, _, back_light = self._pairs.before(second * self.items + first, rank)
         light = light + back_light
@@ -165,22 +180,59 @@ class Statistics:
             return np.zeros(len(user), np.int64)
         return np.where(user >= 0, self.length[np.maximum(user, 0)], 0)
 
-    def _pair_counts(self) -> EventCounts:
-        """Counts ordered pairs; a pair happens when its second item does."""
+    @property
+    def pair_events(self) -> int:
+        """How many pairs of items there are in all users' sequences."""
+        near = np.minimum(np.maximum(self.length - 1, 0), WINDOW)
+        return int((near * self.length - near * (near + 1) // 2).sum())
+
+    def count_pairs(self, asked: Ints | None = None) -> None:
+        """Counts ordered pairs, for `pairs`; a pair happens when its second item does.
+
+        Args:
+            asked: The only ones that will be asked for, `first * items + second`; absent: all.
+        """
         keys, ranks, near, light = [], [], [], []
+        self._pairs = None
+        wanted = None if asked is None else _Wanted(asked)
         # With times, a user is as long as it was when the pair happened, not as it became.
-        others = self.position if self.timed else self.length[self.user] - 1
-        weight = UNIT // np.maximum(others, 1)
         longest = int(self.length.max(initial=0))
         for gap in range(1, min(WINDOW, longest - 1) + 1):
             inside = np.flatnonzero(self.user[gap:] == self.user[:-gap])
-            keys.append(self.item[inside] * self.items + self.item[inside + gap])
-            ranks.append(self.rank[inside + gap])
+            key = self.item[inside] * self.items + self.item[inside + gap]
+            if wanted is not None:
+                kept = wanted.among(key)
+                inside, key = inside[kept], key[kept]
+            last = inside + gap
+            others = self.position[last] if self.timed else self.length[self.user[last]] - 1
+            keys.append(key)
+            ranks.append(self.rank[last])
             near.append(np.full(len(inside), UNIT // gap))
-            light.append(weight[inside + gap])
+            light.append(UNIT // np.maximum(others, 1))
         columns = (np.concatenate([np.zeros(0, np.int64), *c]) for c in (keys, ranks, near, light))
         key, rank, near_sum, light_sum = columns
-        return EventCounts(key, rank, (near_sum, light_sum))
+        self._pairs = EventCounts(key, rank, (near_sum, light_sum))
+
+
+class _Wanted:
+    """A set of keys that most others are found not to be in by one look at a small table."""
+
+    def __init__(self, keys: Ints) -> None:
+        self._keys = np.unique(keys)
+        self._table = np.zeros(2**WANTED_BITS, bool)
+        self._table[self._place(self._keys)] = True
+
+    def _place(self, keys: Ints) -> NDArray[np.uint64]:
+        # Multiplicative hashing (Knuth, volume 3, 6.4): the golden ratio spreads the keys.
+        mixed = keys.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        return mixed >> np.uint64(64 - WANTED_BITS)
+
+    def among(self, keys: Ints) -> Ints:
+        """Returns the positions of the keys that are in the set."""
+        perhaps = np.flatnonzero(self._table[self._place(keys)])
+        found = keys[perhaps]
+        place = np.minimum(np.searchsorted(self._keys, found), len(self._keys) - 1)
+        return np.asarray(perhaps[self._keys[place] == found])
 
 
 def _first_occurrences(train: Sequences, items: int) -> tuple[Ints, Ints, Floats, Ints]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,47 @@ class Settings:
         return Path(file) if kind == "run" else None
 
 
+@dataclass(frozen=True)
+class Made:
+    """The lists of all parts, few in memory at once, and what must be known of all beforehand."""
+
+    part: Ints
+    """(S,) index into PARTS; parts follow one another."""
+    user: Ints
+    """(S,)"""
+    time: Floats
+    """(S,) NaN = unknown."""
+    rated: bool
+    """Whether history items differ in what the user gave them. A value that every interaction has
+    (a click, a friendship) is no rating: a template that asks for low ones would call everything
+    disliked."""
+    blocks: Callable[[], Iterator[Lists]]
+    """Makes the lists, a block after the other; the same ones each time."""
+
+    def __len__(self) -> int:
+        """Returns the number of slates."""
+        return len(self.part)
+
+    def select(self, keep: Ints) -> Made:
+        """Returns the slates at the given positions, which ascend."""
+
+        def blocks() -> Iterator[Lists]:
+            first, held = 0, []
+            for lists in self.blocks():
+                low, high = np.searchsorted(keep, (first, first + len(lists)))
+                held.append(make.select(lists, keep[low:high] - first))
+                first += len(lists)
+                if sum(len(each.candidate) for each in held) >= make.BLOCK:
+                    yield make.join(held)
+                    held = []
+            if held:
+                yield make.join(held)
+
+        return replace(
+            self, part=self.part[keep], user=self.user[keep], time=self.time[keep], blocks=blocks
+        )
+
+
 class Table:
     """A log as codes, with what was left out of it."""
 
@@ -80,16 +122,16 @@ class Table:
         """Returns a generator of its own for each purpose, so that settings do not interact."""
         return np.random.default_rng((self.settings.seed, purpose))
 
-    def from_interactions(self) -> tuple[Lists, Sequences, Shown | None]:
+    def from_interactions(self) -> tuple[Made, Sequences, Shown | None]:
         """Returns lists sampled from the interactions, and the training part."""
         settings = self.settings
-        every = self._sequences(np.ones(len(self.log), bool))
         keep = np.ones(len(self.log), bool)
+        every = self._sequences(keep)
         if settings.min_rating is not None:
-            keep &= self.log.value >= settings.min_rating
+            keep = keep & (self.log.value >= settings.min_rating)
             self.dropped["interactions below --min-rating"] = int((~keep).sum())
-        keep &= self._with_text()
-        sequences = self._sequences(keep)
+        keep = keep & self._with_text()
+        sequences = every if keep.all() else self._sequences(keep)
         how = settings.split or "leave-one-out"
         if how == "given":
             raise ConfigError("--split given needs lists that were really shown, with their parts")
@@ -105,16 +147,47 @@ class Table:
         self.dropped["users with fewer than 2 interactions"] = short
         training = self._training(sequences, targets)
         chosen = self._negatives(every, sequences, targets, training)
-        lists = make.from_targets(
-            sequences,
-            targets,
-            self.user_ids,
-            chosen,
-            history_length=settings.history_length,
-            labels=settings.labels,
-            rng=self.rng(2),
+        user = np.searchsorted(sequences.start, targets.event, side="right") - 1
+        return self._made(sequences, targets, user, chosen), training, None
+
+    def _made(
+        self,
+        sequences: Sequences,
+        targets: make.Targets,
+        user: Ints,
+        chosen: tuple[Ints, make.Codes],
+    ) -> Made:
+        settings = self.settings
+        kept = np.arange(len(user))
+        if settings.max_slates is not None:
+            kept = make.limit(targets.part, user, settings.max_slates, self.rng(3))
+            self.dropped["training slates over --max-slates"] = len(user) - len(kept)
+
+        def blocks() -> Iterator[Lists]:
+            return make.from_targets(
+                sequences,
+                targets,
+                self.user_ids,
+                chosen,
+                history_length=settings.history_length,
+                labels=settings.labels,
+                rng=self.rng(2),
+            )
+
+        event = targets.event[kept]
+        first = np.maximum(sequences.start[user[kept]], event - settings.history_length)
+        # How many of the histories begin or have not ended at each event.
+        edges = np.bincount(first, minlength=len(sequences.item) + 1)
+        edges -= np.bincount(event, minlength=len(edges))
+        given = sequences.value[np.cumsum(edges[:-1]) > 0]
+        made = Made(
+            part=targets.part,
+            user=user,
+            time=sequences.time[targets.event],
+            rated=bool(len(given) and given.min() < given.max()),
+            blocks=blocks,
         )
-        return lists, training, None
+        return made if len(kept) == len(user) else made.select(kept)
 
     def _with_text(self) -> np.ndarray:
         bare = ~self.has_text[self.log.item]
@@ -159,14 +232,17 @@ class Table:
 
     def _negatives(
         self, every: Sequences, sequences: Sequences, targets: make.Targets, train: Sequences
-    ) -> tuple[Ints, Ints]:
+    ) -> tuple[Ints, make.Codes]:
         items, settings = len(self.log.item_ids), self.settings
         user = np.searchsorted(sequences.start, targets.event, side="right") - 1
-        known = np.repeat(np.arange(len(self.user_ids)), np.diff(every.start)) * items + every.item
+        known = np.repeat(np.arange(len(self.user_ids)), np.diff(every.start))
+        known *= items
+        known += every.item
         if self.person is not None:
             selves = np.flatnonzero(self.person >= 0)
             known = np.concatenate((known, self.person[selves] * items + selves))
-        known = np.unique(known)
+        known.sort()
+        known = known[np.diff(known, prepend=-1) > 0]
         target = sequences.item[targets.event]
         if settings.negatives.startswith("run:"):
             position = targets.event - sequences.start[user]
@@ -174,17 +250,15 @@ class Table:
                 (f"{self.user_ids[u]}-{p}", self.user_ids[u])
                 for u, p in zip(user, position, strict=True)
             ]
-            ranked = {name: [c for c, _ in row] for name, row in self._run().items()}
+            ranked = {name: [c for c, _ in row] for name, row in self._run.items()}
             return make.from_run(ranked, names, user, settings.n_negatives, known, items)
         pool = np.flatnonzero(self.has_text)
         draw = self._draw(pool, train, target)
         count = settings.n_negatives
-        slate, item, filled = make.negatives(user, count, known, items, draw, pool, self.rng(4))
+        start, item, filled = make.negatives(user, count, known, items, draw, pool, self.rng(4))
         self.notes[f"negatives drawn uniformly for want of {settings.negatives} ones"] = filled
-        self.notes["slates with fewer negatives"] = int(
-            (np.bincount(slate, minlength=len(user)) < count).sum()
-        )
-        return slate, item
+        self.notes["slates with fewer negatives"] = int((np.diff(start) < count).sum())
+        return start, item
 
     def _draw(self, pool: Ints, train: Sequences, target: Ints) -> make.Draw:
         kind, rng = self.settings.negatives, self.rng(1)
@@ -200,6 +274,7 @@ class Table:
             return make.draw_same_group(pool, np.array(group, np.int64), target, rng)
         return make.draw_uniform(pool, rng)
 
+    @cached_property
     def _run(self) -> dict[str, list[tuple[int, float]]]:
         file = self.settings.run_file
         if file is None:
@@ -218,7 +293,7 @@ class Table:
 
         A gap instead would mark the target where the retriever missed it.
         """
-        run = self._run()
+        run = self._run
         scores = np.full(len(lists.candidate), np.nan)
         for slate, slate_id in enumerate(lists.slate_ids):
             row = dict(run.get(slate_id, run.get(self.user_ids[lists.user[slate]], [])))
@@ -228,7 +303,7 @@ class Table:
                 scores[rows] = np.where(np.isnan(given), np.nanmin(given), given)
         return scores
 
-    def from_shown(self) -> tuple[Lists, Sequences, Shown | None]:
+    def from_shown(self) -> tuple[Made, Sequences, Shown | None]:
         """Returns the lists really shown, and what the training part says."""
         settings = self.settings
         self._refuse_sampling()
@@ -241,7 +316,12 @@ class Table:
         rows, part = [rows[i] for i in order], part[order]
         lists = self._lists(rows, part, settings.history_length)
         training = [row for row, p in zip(rows, part, strict=True) if p == 0]
-        return lists, self._met(training), self._shown(training)
+        if settings.max_slates is not None:
+            kept = make.limit(lists.part, lists.user, settings.max_slates, self.rng(3))
+            self.dropped["training slates over --max-slates"] = len(lists) - len(kept)
+            lists = make.select(lists, kept)
+        made = Made(lists.part, lists.user, lists.time, rated=False, blocks=lambda: iter([lists]))
+        return made, self._met(training), self._shown(training)
 
     def _refuse_sampling(self) -> None:
         """Raises ConfigError for settings that only sampled lists obey."""

@@ -57,6 +57,10 @@ _FOLDS = 5
 _CLICK_PRIOR, _SHOWN_PRIOR = 0.5, 10.0
 _CHUNK = 400_000
 """(history item, candidate) pairs held in memory at once."""
+_PAIRS = 4_000_000
+"""Pairs of items in one user's sequence that are all counted at once."""
+_ASKED = 2_000_000
+"""Beyond that: (history item, candidate) pairs that share one pass over the log."""
 
 
 @dataclass(frozen=True)
@@ -89,49 +93,76 @@ class Source:
         return replace(self, train=kept, shown=shown)
 
 
+def columns(source: Source, groups: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of the groups' columns."""
+    hidden = _UNTIMED if source.timed else _TIMED
+    return tuple(name for group in groups for name in GROUPS[group] if name not in hidden)
+
+
 def compute(
     lists: Lists,
-    source: Source,
+    state: State,
     groups: Sequence[str],
     *,
     retriever: Floats | None = None,
     history_length: int = 30,
-    dimensions: int = 64,
-    seed: int = 0,
-) -> tuple[tuple[str, ...], np.ndarray]:
-    """Returns column names and values (M, F) float32, NaN = unknown, one row per candidate.
+) -> np.ndarray:
+    """Returns values (M, F) float32 of the `columns`, NaN = unknown, one row per candidate.
 
     Args:
-        lists: The lists; their order does not matter.
-        source: What is known.
+        lists: The lists; neither their order nor which others there are matters.
+        state: What is known.
         groups: Keys of GROUPS.
         retriever: (M,) given scores, for the group `retriever`.
         history_length: At most this many of the newest history items are compared.
-        dimensions: Of the embedding.
-        seed: Which users share a fold of the embedding.
 
     Raises:
         ConfigError: an unknown group, or one whose source is absent.
         DataError: `timed`, but a slate has no time.
     """
-    _check(lists, source, groups, retriever)
-    hidden = _UNTIMED if source.timed else _TIMED
-    names = tuple(name for group in groups for name in GROUPS[group] if name not in hidden)
-    state = _State(source, dimensions, seed)
+    _check(lists, state.source, groups, retriever)
+    names = columns(state.source, groups)
     values = np.full((len(lists.candidate), len(names)), np.nan, np.float32)
     model = state.model_of(lists.user, lists.time) if "item_embedding" in groups else None
-    for chosen in _chunks(lists, history_length, model):
-        chunk = Chunk(lists, state.statistics, chosen, history_length)
-        columns: dict[str, np.ndarray] = {}
+    chunks: Iterator[Chunk] = (
+        Chunk(lists, state.statistics, chosen, history_length)
+        for chosen in _chunks(lists, history_length, model)
+    )
+    if "item_knn" in groups or "transition" in groups:
+        chunks = _with_pairs(chunks, state.statistics)
+    for chunk in chunks:
+        found: dict[str, np.ndarray] = {}
         for group in groups:
             if group == "retriever" and retriever is not None:
-                columns["retriever"] = retriever[chunk.rows]
+                found["retriever"] = retriever[chunk.rows]
             else:
-                columns |= _COMPUTE[group](chunk, state)
+                found |= _COMPUTE[group](chunk, state)
         for place, name in enumerate(names):
-            if name in columns:
-                values[chunk.rows, place] = columns[name]
-    return names, values
+            if name in found:
+                values[chunk.rows, place] = found[name]
+    return values
+
+
+def _with_pairs(chunks: Iterator[Chunk], statistics: Statistics) -> Iterator[Chunk]:
+    """Yields the chunks with the pairs of items counted that they ask for.
+
+    Counting all pairs of a large log would take more memory than there is, so each group of chunks
+    has a pass over the log of its own.
+    """
+    if statistics.pair_events <= _PAIRS:
+        statistics.count_pairs()
+        yield from chunks
+        return
+    held: list[Chunk] = []
+    for chunk in chunks:
+        held.append(chunk)
+        if sum(len(each.history) for each in held) >= _ASKED:
+            statistics.count_pairs(np.concatenate([each.pair_keys for each in held]))
+            yield from held
+            held = []
+    if held:
+        statistics.count_pairs(np.concatenate([each.pair_keys for each in held]))
+        yield from held
 
 
 def _check(lists: Lists, source: Source, groups: Sequence[str], retriever: Floats | None) -> None:
@@ -158,10 +189,17 @@ def _check(lists: Lists, source: Source, groups: Sequence[str], retriever: Float
         )
 
 
-class _State:
-    """Statistics that all chunks share, made when first asked for."""
+class State:
+    """Statistics that all lists share, made when first asked for."""
 
-    def __init__(self, source: Source, dimensions: int, seed: int) -> None:
+    def __init__(self, source: Source, *, dimensions: int = 64, seed: int = 0) -> None:
+        """Counts the events.
+
+        Args:
+            source: What is known.
+            dimensions: Of the embedding.
+            seed: Which users share a fold of the embedding.
+        """
         self.source = source
         self.statistics = Statistics(source.train, source.items, timed=source.timed)
         self._dimensions = dimensions
@@ -170,14 +208,17 @@ class _State:
 
     @cached_property
     def words(self) -> sp.csr_matrix:
+        """(I, words) of the items' texts."""
         return word_matrix(self.source.texts or ())
 
     @cached_property
     def unit_words(self) -> sp.csr_matrix:
+        """The same with rows of length one."""
         return normalised(self.words)
 
     @cached_property
     def categories(self) -> sp.csr_matrix:
+        """(I, labels) of the items."""
         return label_matrix(self.source.labels or ())
 
     @cached_property
@@ -198,6 +239,7 @@ class _State:
         return np.where(known, np.append(self._fold, 0)[user], -1)
 
     def embedding(self, model: int) -> Embedding | None:
+        """Returns an embedding that `model_of` named; None: too little is known for one."""
         if self._model[0] != model:
             stats = self.statistics
             if self.source.timed:
@@ -222,14 +264,14 @@ def _chunks(lists: Lists, limit: int, model: Ints | None) -> Iterator[Ints]:
         yield from np.split(slates, np.flatnonzero(np.diff(cut)) + 1)
 
 
-def _popularity(chunk: Chunk, _: _State) -> dict[str, np.ndarray]:
+def _popularity(chunk: Chunk, _: State) -> dict[str, np.ndarray]:
     return {
         "popularity": np.log1p(chunk.of_item),
         "history_length": np.log1p(chunk.full_length[chunk.slate]),
     }
 
 
-def _item_knn(chunk: Chunk, state: _State) -> dict[str, np.ndarray]:
+def _item_knn(chunk: Chunk, state: State) -> dict[str, np.ndarray]:
     stats = state.statistics
     pairs, of_history = chunk.pairs, chunk.of_history
     together = pairs.forward + pairs.backward
@@ -252,7 +294,7 @@ def _item_knn(chunk: Chunk, state: _State) -> dict[str, np.ndarray]:
     }
 
 
-def _transition(chunk: Chunk, _: _State) -> dict[str, np.ndarray]:
+def _transition(chunk: Chunk, _: State) -> dict[str, np.ndarray]:
     pairs = chunk.pairs
     near = pairs.near / UNIT
     rate = near / (chunk.of_history + _SMOOTH)
@@ -265,7 +307,7 @@ def _transition(chunk: Chunk, _: _State) -> dict[str, np.ndarray]:
     }
 
 
-def _item_embedding(chunk: Chunk, state: _State) -> dict[str, np.ndarray]:
+def _item_embedding(chunk: Chunk, state: State) -> dict[str, np.ndarray]:
     model = state.embedding(int(state.model_of(chunk.user[:1], chunk.time[:1])[0]))
     if model is None:
         return {}
@@ -308,7 +350,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:
     return np.asarray(rows / np.where(length > 0, length, 1), np.float32)
 
 
-def _text_overlap(chunk: Chunk, state: _State) -> dict[str, np.ndarray]:
+def _text_overlap(chunk: Chunk, state: State) -> dict[str, np.ndarray]:
     item = chunk.pair(chunk.item)
     overlap = row_products(state.words, chunk.history, item)
     length = np.sqrt(np.asarray(state.words.multiply(state.words).sum(axis=1)).ravel())
@@ -324,7 +366,7 @@ def _text_overlap(chunk: Chunk, state: _State) -> dict[str, np.ndarray]:
     }
 
 
-def _category(chunk: Chunk, state: _State) -> dict[str, np.ndarray]:
+def _category(chunk: Chunk, state: State) -> dict[str, np.ndarray]:
     item = chunk.pair(chunk.item)
     shared = (row_products(state.categories, chunk.history, item) > 0) * 1.0
     labels = np.diff(state.categories.indptr) > 0
@@ -335,7 +377,7 @@ def _category(chunk: Chunk, state: _State) -> dict[str, np.ndarray]:
     }
 
 
-def _friends(chunk: Chunk, state: _State) -> dict[str, np.ndarray]:
+def _friends(chunk: Chunk, state: State) -> dict[str, np.ndarray]:
     """Friends of the user who name the candidate; each by 1/log(degree) for Adamic-Adar."""
     if state.source.person is None:
         return {}
@@ -348,7 +390,7 @@ def _friends(chunk: Chunk, state: _State) -> dict[str, np.ndarray]:
     }
 
 
-def _recency(chunk: Chunk, state: _State) -> dict[str, np.ndarray]:
+def _recency(chunk: Chunk, state: State) -> dict[str, np.ndarray]:
     stats = state.statistics
     if not stats.timed:
         count, depth = stats.counts(chunk.user, chunk.item, chunk.rank)
@@ -369,7 +411,7 @@ def _recency(chunk: Chunk, state: _State) -> dict[str, np.ndarray]:
     return columns
 
 
-def _click_rate(chunk: Chunk, state: _State) -> dict[str, np.ndarray]:
+def _click_rate(chunk: Chunk, state: State) -> dict[str, np.ndarray]:
     shown = state.source.shown
     if shown is None:
         return {}

@@ -52,8 +52,8 @@ def _files(path: Path) -> dict[str, Path]:
     named = {
         part: path / f"{part}{suffix}"
         for part in PARTS
-        for suffix in _SUFFIXES
-        if (path / f"{part}{suffix}").is_file()
+        for suffix in ("", *_SUFFIXES)
+        if (path / f"{part}{suffix}").exists()
     }
     if not named:
         raise DataError(

@@ -1,35 +1,58 @@
 """`data prepare`: a raw log becomes a folder of slates with features, and a record of how.
 
-The folder holds `items.jsonl`, one file of slates for each part, and `meta.json`: every setting,
-what was counted, what was left out and why, and a fingerprint of the data.
+The folder holds `items.jsonl`, the slates of each part (one file; as Parquet a folder of several
+where there are many), and `meta.json`: every setting, what was counted, what was left out and why,
+and a fingerprint of the data.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+import pyarrow as pa
 
 from peftrank import slates as make
 from peftrank._lists import PARTS, Floats, Ints, Lists, Sequences
-from peftrank._tables import Settings, Table
+from peftrank._tables import Made, Settings, Table
 from peftrank.errors import ConfigError, DataError
-from peftrank.features import GROUPS, Source, compute
-from peftrank.files import write_bytes
+from peftrank.features import GROUPS, Source, State, columns, compute
+from peftrank.files import sync_folder, temporary_folder, write_bytes
+from peftrank.formats._columns import slate_columns, write_shards
 from peftrank.formats._log import Log
 from peftrank.formats.slates import write_items, write_slates
 from peftrank.types import Item, Slate
 
+SHARD = 50_000
+"""Slates in a Parquet file, at most."""
 _FOLDS = 10
+_PIECE = 4096
+"""Slates that are made columns of a file at once."""
+_META = "meta.json"
+
+Progress = Callable[[int, int], None]
 
 
-def prepare(log: Log, output: Path, settings: Settings) -> dict[str, Any]:
+def prepare(
+    log: Log, output: Path, settings: Settings, progress: Progress = lambda done, total: None
+) -> dict[str, Any]:
     """Writes the folder and returns what `meta.json` holds.
+
+    Slates are made, given features and written a block at a time. Everything is written under
+    temporary names; `meta.json` appears when all else is there.
+
+    Args:
+        log: The raw log.
+        output: The folder. What an earlier run wrote there is replaced.
+        settings: How the log becomes slates.
+        progress: Called with the slates written so far, and all.
 
     Raises:
         ConfigError: settings that contradict each other or the log.
@@ -37,14 +60,10 @@ def prepare(log: Log, output: Path, settings: Settings) -> dict[str, Any]:
     """
     _check(settings)
     table = Table(log, settings)
-    lists, train, shown = table.from_shown() if log.impressions else table.from_interactions()
-    if settings.max_slates is not None:
-        kept = make.limit(lists, settings.max_slates, table.rng(3))
-        table.dropped["training slates over --max-slates"] = len(lists) - len(kept)
-        lists = make.select(lists, kept)
-    if not len(lists):
+    made, train, shown = table.from_shown() if log.impressions else table.from_interactions()
+    if not len(made):
         raise DataError("no slate could be made: no user has an interaction before a target")
-    timed = _timed(settings.as_of, lists, train)
+    timed = _timed(settings.as_of, made.time, train)
     source = Source(
         train=train,
         items=len(log.item_ids),
@@ -54,12 +73,26 @@ def prepare(log: Log, output: Path, settings: Settings) -> dict[str, Any]:
         person=table.person,
         timed=timed,
     )
-    retriever = table.retriever(lists) if "retriever" in settings.features else None
-    names, values = _features(lists, source, settings, retriever, table.rng(6))
-    files = _write(log, lists, table.user_ids, names, values, output, settings)
-    meta = _meta(log, lists, train, settings, table, names, values, timed, files, output)
-    text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
-    write_bytes(output / "meta.json", text.encode())
+    names = columns(source, settings.features)
+    # How many candidates have each feature; last, how many candidates there are.
+    known = np.zeros(len(names) + 1, np.int64)
+    done = 0
+
+    def blocks(folder: Path) -> Iterator[tuple[Lists, np.ndarray]]:
+        nonlocal done
+        for lists, values in _with_features(made, source, table, folder):
+            known[:-1] += (~np.isnan(values)).sum(axis=0)
+            known[-1] += len(values)
+            yield lists, values
+            done += len(lists)
+            progress(done, len(made))
+
+    with temporary_folder(output) as folder:
+        files = _write(table, made, names, blocks(folder), folder)
+        meta = _meta(table, made, train, names, known, timed, files, folder)
+        text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
+        write_bytes(folder / _META, text.encode())
+        _publish(folder, output, files)
     return meta
 
 
@@ -81,105 +114,165 @@ def _check(settings: Settings) -> None:
         raise ConfigError("features 'retriever' need --run FILE or --negatives run:FILE")
 
 
-def _timed(as_of: str, lists: Lists, train: Sequences) -> bool:
-    known = not (np.isnan(lists.time).any() or np.isnan(train.time).any())
+def _timed(as_of: str, time: Floats, train: Sequences) -> bool:
+    known = not (np.isnan(time).any() or np.isnan(train.time).any())
     if as_of == "time" and not known:
         raise ConfigError("--as-of time needs a time for every interaction and slate; use part")
     # A log of one moment has no "before".
-    return as_of == "time" or (as_of == "auto" and known and len(np.unique(train.time)) > 1)
+    return as_of == "time" or (as_of == "auto" and known and _differ(train.time))
 
 
-def _features(
-    lists: Lists,
-    source: Source,
-    settings: Settings,
-    retriever: Floats | None,
-    rng: np.random.Generator,
-) -> tuple[tuple[str, ...], np.ndarray]:
-    """Returns column names and values (M, F); without times, training slates are cross-fitted.
+def _differ(values: Floats) -> bool:
+    return bool(len(values) and values.min() < values.max())
 
-    A training slate then sees the training part less a whole fold of users, its own among them.
-    Less its own user alone, an item counts one less wherever it is relevant than where it is not,
-    and a model learns to read that instead of what the feature means.
+
+def _with_features(
+    made: Made, source: Source, table: Table, folder: Path
+) -> Iterator[tuple[Lists, np.ndarray]]:
+    """Yields lists with the values (M, F) of their features.
+
+    Without times, training slates are cross-fitted: one sees the training part less a whole fold
+    of users, its own among them. Less its own user alone, an item counts one less wherever it is
+    relevant than where it is not, and a model learns to read that instead of what the feature
+    means.
     """
-    group = np.full(len(lists), -1)
-    if not source.timed:
-        fold = rng.integers(_FOLDS, size=len(source.train.start) - 1)
-        group = np.where(lists.part == 0, fold[lists.user], -1)
-    of_candidate = np.repeat(group, np.diff(lists.candidate_start))
-    names: tuple[str, ...] = ()
-    found = {}
-    for number in np.unique(group):
-        rows = of_candidate == number
-        names, found[number] = compute(
-            make.select(lists, np.flatnonzero(group == number)),
-            source if number < 0 else source.without(fold == number),
-            settings.features,
-            retriever=None if retriever is None else retriever[rows],
-            history_length=settings.history_length,
-            seed=settings.seed,
-        )
-    values = np.empty((len(of_candidate), len(names)), np.float32)
-    for number, part in found.items():
-        values[of_candidate == number] = part
-    return names, values
+    width = len(columns(source, table.settings.features))
+    if width and not source.timed:
+        yield from _cross_fitted(made, source, table, folder, width)
+        return
+    state = State(source, seed=table.settings.seed) if width else None
+    for lists in made.blocks():
+        empty = np.empty((len(lists.candidate), 0), np.float32)
+        yield lists, empty if state is None else _compute(lists, state, table)
+
+
+def _cross_fitted(
+    made: Made, source: Source, table: Table, folder: Path, width: int
+) -> Iterator[tuple[Lists, np.ndarray]]:
+    """Yields as `_with_features`; one fold's counts at a time are in memory, the values on disk."""
+    fold = table.rng(6).integers(_FOLDS, size=len(source.train.start) - 1)
+    with (folder / "values").open("w+b") as spool:
+        for number in range(-1, _FOLDS):
+            known = source if number < 0 else source.without(fold == number)
+            state = State(known, seed=table.settings.seed)
+            spool.seek(0)
+            for lists in made.blocks():
+                group = np.where(lists.part == 0, fold[lists.user], -1)
+                rows = np.repeat(group == number, np.diff(lists.candidate_start))
+                place = spool.tell()
+                values = _read(spool, len(rows), width)
+                if rows.any():
+                    chosen = make.select(lists, np.flatnonzero(group == number))
+                    values[rows] = _compute(chosen, state, table)
+                spool.seek(place)
+                spool.write(values.data)
+        spool.seek(0)
+        for lists in made.blocks():
+            yield lists, _read(spool, len(lists.candidate), width)
+
+
+def _read(spool: IO[bytes], rows: int, width: int) -> np.ndarray:
+    """Returns the next rows of a file of float32; zeros beyond its end."""
+    values = np.zeros(rows * width, np.float32)
+    found = np.frombuffer(spool.read(values.nbytes), np.float32)
+    values[: len(found)] = found
+    return values.reshape(rows, width)
+
+
+def _compute(lists: Lists, state: State, table: Table) -> np.ndarray:
+    settings = table.settings
+    return compute(
+        lists,
+        state,
+        settings.features,
+        retriever=table.retriever(lists) if "retriever" in settings.features else None,
+        history_length=settings.history_length,
+    )
 
 
 def _write(
-    log: Log,
-    lists: Lists,
-    user_ids: Sequence[str],
+    table: Table,
+    made: Made,
     names: Sequence[str],
-    values: np.ndarray,
-    output: Path,
-    settings: Settings,
-) -> dict[str, Path]:
-    suffix = "parquet" if settings.parquet else "jsonl"
-    files = {"items": output / "items.jsonl"}
-    write_items(files["items"], log.items.values())
-    for part, name in enumerate(PARTS):
-        file = output / f"{name}.{suffix}"
-        rows = np.flatnonzero(lists.part == part)
-        if len(rows):
-            made = _slates(log, lists, rows, user_ids, names, values, settings.domain)
-            write_slates(file, made, by_id=True)
-            files[name] = file
-        # What an earlier run left must not be mistaken for this run's.
-        for other in {f"{name}.jsonl", f"{name}.parquet"} - {file.name if len(rows) else ""}:
-            (output / other).unlink(missing_ok=True)
+    blocks: Iterator[tuple[Lists, np.ndarray]],
+    folder: Path,
+) -> dict[str, list[Path]]:
+    """Writes items and parts, and returns the files of each."""
+    files = {"items": [folder / "items.jsonl"]}
+    write_items(files["items"][0], table.log.items.values())
+    sizes = np.bincount(made.part, minlength=len(PARTS))
+    for part, pieces in itertools.groupby(_pieces(blocks), key=lambda piece: piece[0]):
+        values = ((lists, values) for _, lists, values in pieces)
+        name, size = PARTS[part], int(sizes[part])
+        if not table.settings.parquet:
+            files[name] = [folder / f"{name}.jsonl"]
+            write_slates(files[name][0], _slates(table, made, names, values), by_id=True)
+        elif table.log.impressions:  # which may break a rule of the format
+            files[name] = [folder / f"{name}.parquet"]
+            write_slates(files[name][0], _slates(table, made, names, values), by_id=True)
+        else:
+            shards = -(-size // SHARD)
+            files[name] = [folder / name / f"part-{i:05}.parquet" for i in range(shards)]
+            if shards == 1:
+                files[name] = [folder / f"{name}.parquet"]
+            write_shards(files[name], _tables(table, made, names, values), SHARD)
     return files
 
 
-def _slates(
-    log: Log,
-    lists: Lists,
-    rows: Ints,
-    user_ids: Sequence[str],
+def _pieces(
+    blocks: Iterator[tuple[Lists, np.ndarray]],
+) -> Iterator[tuple[int, Lists, np.ndarray]]:
+    """Yields part, lists and values in small pieces, each of one part."""
+    for lists, values in blocks:
+        bounds = np.flatnonzero(np.diff(lists.part)) + 1
+        bounds = np.union1d(bounds, np.arange(0, len(lists) + _PIECE, _PIECE).clip(max=len(lists)))
+        for first, last in itertools.pairwise(bounds.tolist()):
+            rows = slice(lists.candidate_start[first], lists.candidate_start[last])
+            piece = make.select(lists, np.arange(first, last))
+            yield int(lists.part[first]), piece, values[rows]
+
+
+def _tables(
+    table: Table,
+    made: Made,
     names: Sequence[str],
-    values: np.ndarray,
-    domain: str | None,
-) -> Iterator[Slate]:
-    items = [log.items[item_id] for item_id in log.item_ids]
-    # A value that every interaction has (a click, a friendship) is no rating: a template that asks
-    # for low ones would call everything disliked.
-    rated = len(np.unique(lists.feedback)) > 1
-    for i in rows:
-        history = slice(lists.history_start[i], lists.history_start[i + 1])
-        shown = slice(lists.candidate_start[i], lists.candidate_start[i + 1])
-        label = lists.label[shown]
-        yield Slate(
-            slate_id=lists.slate_ids[i],
-            user_id=user_ids[lists.user[i]],
-            history=tuple(items[c] for c in lists.history[history]),
-            candidates=tuple(
-                Item(items[c].item_id, items[c].fields, _known(names, row))
-                for c, row in zip(lists.candidate[shown], values[shown], strict=True)
-            ),
-            labels=None if np.isnan(label).any() else tuple(label.tolist()),
-            history_feedback=tuple(lists.feedback[history].tolist()) if rated else None,
-            timestamp=None if np.isnan(lists.time[i]) else float(lists.time[i]),
-            domain=domain,
+    pieces: Iterator[tuple[Lists, np.ndarray]],
+) -> Iterator[pa.Table]:
+    item_ids, user_ids = (
+        pa.array(ids, pa.string()) for ids in (table.log.item_ids, table.user_ids)
+    )
+    domain = table.settings.domain
+    for lists, values in pieces:
+        yield slate_columns(
+            lists, item_ids, user_ids, names, values, rated=made.rated, domain=domain
         )
+
+
+def _slates(
+    table: Table,
+    made: Made,
+    names: Sequence[str],
+    pieces: Iterator[tuple[Lists, np.ndarray]],
+) -> Iterator[Slate]:
+    items = list(table.log.items.values())
+    for lists, values in pieces:
+        for i in range(len(lists)):
+            history = slice(lists.history_start[i], lists.history_start[i + 1])
+            shown = slice(lists.candidate_start[i], lists.candidate_start[i + 1])
+            label = lists.label[shown]
+            yield Slate(
+                slate_id=lists.slate_ids[i],
+                user_id=table.user_ids[lists.user[i]],
+                history=tuple(items[c] for c in lists.history[history]),
+                candidates=tuple(
+                    Item(items[c].item_id, items[c].fields, _known(names, row))
+                    for c, row in zip(lists.candidate[shown], values[shown], strict=True)
+                ),
+                labels=None if np.isnan(label).any() else tuple(label.tolist()),
+                history_feedback=tuple(lists.feedback[history].tolist()) if made.rated else None,
+                timestamp=None if np.isnan(lists.time[i]) else float(lists.time[i]),
+                domain=table.settings.domain,
+            )
 
 
 def _known(names: Sequence[str], row: np.ndarray) -> Mapping[str, float]:
@@ -187,22 +280,42 @@ def _known(names: Sequence[str], row: np.ndarray) -> Mapping[str, float]:
     return {name: round(value, 6) for name, value in pairs if value == value}
 
 
+def _publish(folder: Path, output: Path, files: Mapping[str, Sequence[Path]]) -> None:
+    """Moves what was written to its place, `meta.json` last."""
+    (output / _META).unlink(missing_ok=True)
+    # What an earlier run left must not be mistaken for this run's.
+    for part in PARTS:
+        for suffix in ("jsonl", "parquet"):
+            (output / f"{part}.{suffix}").unlink(missing_ok=True)
+        if (output / part).is_dir():
+            shutil.rmtree(output / part)
+    sync_folder(output)
+    for paths in files.values():
+        name = paths[0].relative_to(folder).parts[0]
+        (folder / name).replace(output / name)
+    (folder / _META).replace(output / _META)
+    sync_folder(output)
+
+
 def _meta(
-    log: Log,
-    lists: Lists,
-    train: Sequences,
-    settings: Settings,
     table: Table,
+    made: Made,
+    train: Sequences,
     names: Sequence[str],
-    values: np.ndarray,
+    known: Ints,
     timed: bool,
-    files: Mapping[str, Path],
-    output: Path,
+    files: Mapping[str, Sequence[Path]],
+    folder: Path,
 ) -> dict[str, Any]:
-    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    log, settings = table.log, table.settings
+    hashes, written = {}, {}
+    for name, paths in files.items():
+        for place, path in enumerate(paths):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            hashes[name if len(paths) == 1 else f"{name}-{place:05}"] = digest
+            written[path.relative_to(folder).as_posix()] = digest
     whole = hashlib.sha256("".join(f"{k}:{hashes[k]};" for k in sorted(hashes)).encode())
-    known = 1 - np.isnan(values).mean(axis=0) if len(names) else ()
-    sizes = {name: int((lists.part == part).sum()) for part, name in enumerate(PARTS)}
     return {
         "format_version": 1,
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()},
@@ -214,11 +327,14 @@ def _meta(
             "interactions": len(log),
             "impressions": len(log.impressions),
             "training_interactions": len(train.item),
-            "slates": sizes,
+            "slates": {name: int((made.part == part).sum()) for part, name in enumerate(PARTS)},
         },
         "dropped": {"rows rejected by the reader": log.rejects.count, **table.dropped},
         "notes": table.notes,
-        "features": {n: round(float(share), 4) for n, share in zip(names, known, strict=True)},
-        "files": {path.name: hashes[name] for name, path in files.items()},
+        "features": {
+            name: round(float(share), 4)
+            for name, share in zip(names, known[:-1] / max(1, known[-1]), strict=True)
+        },
+        "files": written,
         "fingerprint": whole.hexdigest(),
     }

@@ -6,12 +6,14 @@ random choice comes from the generator it is given.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
+from peftrank._chunks import ranges
 from peftrank._lists import Floats, Ints, Lists, Sequences
 from peftrank.errors import ConfigError, DataError
 
@@ -19,6 +21,11 @@ SPLITS = ("leave-one-out", "time", "users", "given")
 NEGATIVES = ("uniform", "popularity", "category")
 _ROUNDS = 30
 """Tries to draw a negative at random before the allowed ones are listed."""
+BLOCK = 1_000_000
+"""Candidates in memory at once, while they are drawn or laid out."""
+_NONE = np.iinfo(np.int32).max
+
+Codes = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -222,7 +229,7 @@ def negatives(
     draw: Draw,
     fallback: Ints,
     rng: np.random.Generator,
-) -> tuple[Ints, Ints, int]:
+) -> tuple[Ints, Codes, int]:
     """Returns distinct items per slate that the user is not known to have met.
 
     Args:
@@ -235,38 +242,51 @@ def negatives(
         rng: Chooses among them.
 
     Returns:
-        slate (index) and item of every negative, sorted by slate, and how many of them came from
-        the fallback. A slate has fewer than `count` only where the items run out.
+        Where the negatives of each slate begin, (S+1,); the items, sorted in each slate; and how
+        many of them came from the fallback. A slate has fewer than `count` only where the items
+        run out.
     """
-    slate = np.repeat(np.arange(len(user)), count)
-    taken = np.zeros(0, np.int64)
+    table = np.full((len(user), count), _NONE, np.int32)
+    step = max(1, BLOCK // count)
+    size = np.zeros(len(user), np.int64)
     for _ in range(_ROUNDS):
-        if not len(slate):
+        short = np.flatnonzero(size < count)
+        if not len(short):
             break
-        key = slate * items + draw(slate)
-        fresh = ~_contains(known, user[slate] * items + key % items) & ~_contains(taken, key)
-        _, first = np.unique(key, return_index=True)
-        once = np.zeros(len(key), bool)
-        once[first] = True
-        accepted = fresh & once
-        taken = np.union1d(taken, key[accepted])
-        slate = slate[~accepted]
+        # In blocks: proposals are 60 bytes each while they are looked at.
+        for slates in np.split(short, range(step, len(short), step)):
+            wanted = np.repeat(slates, count - size[slates])
+            key = np.sort(wanted * items + draw(wanted))
+            key = key[np.diff(key, prepend=-1) > 0]
+            slate, item = key // items, key % items
+            met = _between(known, user[slates].min() * items, (user[slates].max() + 1) * items)
+            fresh = ~_contains(met, user[slate] * items + item)
+            if size[slates].any():
+                fresh &= ~(table[slate] == item[:, None]).any(axis=1)
+            slate, item = slate[fresh], item[fresh]
+            place = size[slate] + np.arange(len(slate)) - np.searchsorted(slate, slate)
+            table[slate, place] = item
+            size[slates] += np.bincount(np.searchsorted(slates, slate), minlength=len(slates))
     filled = 0
-    extra = []
-    for index, missing in sorted(Counter(slate.tolist()).items()):
-        low, high = np.searchsorted(taken, (index * items, (index + 1) * items))
-        barred = np.concatenate((taken[low:high] % items, _of_user(known, int(user[index]), items)))
-        allowed = np.setdiff1d(fallback, barred)
-        step = rng.permutation(len(allowed))[:missing]
-        extra.append(index * items + allowed[step])
-        filled += len(step)
-    taken = np.sort(np.concatenate((taken, *extra)))
-    return taken // items, taken % items, filled
+    for index in np.flatnonzero(size < count).tolist():
+        barred = (table[index, : size[index]], _of_user(known, int(user[index]), items))
+        allowed = np.setdiff1d(fallback, np.concatenate(barred))
+        extra = allowed[rng.permutation(len(allowed))[: count - size[index]]]
+        table[index, size[index] : size[index] + len(extra)] = extra
+        size[index] += len(extra)
+        filled += len(extra)
+    table.sort(axis=1)
+    full = size.min(initial=count) == count
+    return _starts(size), table.ravel() if full else table[table < _NONE], filled
+
+
+def _between(values: Ints, low: int, high: int) -> Ints:
+    first, last = np.searchsorted(values, (low, high))
+    return values[first:last]
 
 
 def _of_user(known: Ints, user: int, items: int) -> Ints:
-    low, high = np.searchsorted(known, (user * items, (user + 1) * items))
-    return known[low:high] % items
+    return _between(known, user * items, (user + 1) * items) % items
 
 
 def _contains(values: Ints, key: Ints) -> np.ndarray:
@@ -280,51 +300,65 @@ def from_targets(
     sequences: Sequences,
     targets: Targets,
     user_ids: Sequence[str],
-    chosen: tuple[Ints, Ints],
+    chosen: tuple[Ints, Codes],
     *,
     history_length: int,
     labels: str,
     rng: np.random.Generator,
-) -> Lists:
-    """Returns one list per target: the target and its negatives, shuffled.
+) -> Iterator[Lists]:
+    """Yields one list per target, in blocks: the target and its negatives, shuffled.
+
+    The lists do not depend on the size of the blocks.
 
     Args:
         sequences: What every user did.
         targets: What is predicted.
         user_ids: Name of each user.
-        chosen: (slate, item) of every negative, sorted by slate.
+        chosen: Where the negatives of each slate begin, and their items; see `negatives`.
         history_length: The newest interactions kept, at most.
         labels: binary (target 1) or rating (target's own value); negatives are 0.
         rng: Shuffles the candidates.
     """
-    event = targets.event
-    user = np.searchsorted(sequences.start, event, side="right") - 1
-    first = np.maximum(sequences.start[user], event - history_length)
-    rows = np.concatenate([np.zeros(0, np.int64), *map(np.arange, first, event)])
-    slate = np.concatenate((np.arange(len(event)), chosen[0]))
-    item = np.concatenate((sequences.item[event], chosen[1]))
-    gain = sequences.value[event] if labels == "rating" else np.ones(len(event))
-    label = np.concatenate((gain, np.zeros(len(chosen[0]))))
-    order = np.lexsort((rng.random(len(slate)), slate))
-    names = (f"{user_ids[u]}-{e - sequences.start[u]}" for u, e in zip(user, event, strict=True))
-    return Lists(
-        slate_ids=tuple(names),
-        user=user.astype(np.int64),
-        part=targets.part,
-        time=sequences.time[event],
-        history_start=_starts(event - first),
-        history=sequences.item[rows],
-        feedback=sequences.value[rows],
-        candidate_start=_starts(np.bincount(slate, minlength=len(event))),
-        candidate=item[order],
-        label=label[order],
-    )
+    total = len(targets.event)
+    # Targets take the first numbers and negatives those after: one sequence, read at two places.
+    of_targets, of_negatives = copy.deepcopy(rng), copy.deepcopy(rng)
+    of_negatives.bit_generator.advance(total)  # type: ignore[attr-defined]
+    width = 1 + max(1, int(np.diff(chosen[0]).max(initial=0)))
+    for block in range(0, max(1, total), max(1, BLOCK // width)):
+        rows = slice(block, min(block + max(1, BLOCK // width), total))
+        event = targets.event[rows]
+        user = np.searchsorted(sequences.start, event, side="right") - 1
+        first = np.maximum(sequences.start[user], event - history_length)
+        past = ranges(first, event - first)
+        begin = chosen[0][rows.start : rows.stop + 1]
+        negative = chosen[1][begin[0] : begin[-1]]
+        own = np.arange(len(event))
+        slate = np.concatenate((own, np.repeat(own, np.diff(begin))))
+        gain = sequences.value[event] if labels == "rating" else np.ones(len(event))
+        label = np.concatenate((gain, np.zeros(len(negative))))
+        turn = np.concatenate((of_targets.random(len(event)), of_negatives.random(len(negative))))
+        order = np.lexsort((turn, slate))
+        names = (
+            f"{user_ids[u]}-{e - sequences.start[u]}" for u, e in zip(user, event, strict=True)
+        )
+        yield Lists(
+            slate_ids=tuple(names),
+            user=user.astype(np.int64),
+            part=targets.part[rows],
+            time=sequences.time[event],
+            history_start=_starts(event - first),
+            history=sequences.item[past],
+            feedback=sequences.value[past],
+            candidate_start=_starts(np.diff(begin) + 1),
+            candidate=np.concatenate((sequences.item[event], negative.astype(np.int64)))[order],
+            label=label[order],
+        )
 
 
 def select(lists: Lists, keep: Ints) -> Lists:
     """Returns the slates at the given positions, in that order."""
-    history = _rows(lists.history_start, keep)
-    rows = _rows(lists.candidate_start, keep)
+    history = ranges(lists.history_start[keep], np.diff(lists.history_start)[keep])
+    rows = ranges(lists.candidate_start[keep], np.diff(lists.candidate_start)[keep])
     return Lists(
         slate_ids=tuple(lists.slate_ids[i] for i in keep),
         user=lists.user[keep],
@@ -339,13 +373,36 @@ def select(lists: Lists, keep: Ints) -> Lists:
     )
 
 
-def limit(lists: Lists, max_slates: int, rng: np.random.Generator) -> Ints:
-    """Returns positions with at most `max_slates` of the training part: users at random, whole."""
-    rows = np.flatnonzero(lists.part == 0)
-    users, code = np.unique(lists.user[rows], return_inverse=True)
+def join(parts: Sequence[Lists]) -> Lists:
+    """Returns the slates of several tables, one table's after the other's."""
+
+    def end_to_end(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    return Lists(
+        slate_ids=tuple(slate_id for part in parts for slate_id in part.slate_ids),
+        user=end_to_end("user"),
+        part=end_to_end("part"),
+        time=end_to_end("time"),
+        history_start=_starts(np.concatenate([np.diff(part.history_start) for part in parts])),
+        history=end_to_end("history"),
+        feedback=end_to_end("feedback"),
+        candidate_start=_starts(np.concatenate([np.diff(part.candidate_start) for part in parts])),
+        candidate=end_to_end("candidate"),
+        label=end_to_end("label"),
+    )
+
+
+def limit(part: Ints, user: Ints, max_slates: int, rng: np.random.Generator) -> Ints:
+    """Returns positions of slates, at most `max_slates` in the training part: whole users.
+
+    Which ones is chosen at random; slates of the other parts all stay.
+    """
+    rows = np.flatnonzero(part == 0)
+    users, code = np.unique(user[rows], return_inverse=True)
     turn = rng.permutation(len(users))
     kept = np.sort(rows[np.lexsort((rows, turn[code]))][:max_slates])
-    return np.concatenate((kept, np.flatnonzero(lists.part != 0)))
+    return np.concatenate((kept, np.flatnonzero(part != 0)))
 
 
 def from_run(
@@ -355,8 +412,8 @@ def from_run(
     count: int,
     known: Ints,
     items: int,
-) -> tuple[Ints, Ints]:
-    """Returns (slate, item) of the best retrieved items the user is not known to have met.
+) -> tuple[Ints, Codes]:
+    """Returns where each slate's negatives begin, and the items: the best the user has not met.
 
     Args:
         ranked: Items by the name of a slate or of a user, best first.
@@ -369,7 +426,7 @@ def from_run(
     Raises:
         DataError: a slate is named by neither.
     """
-    slate, item = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    length, item = [], [np.zeros(0, np.int32)]
     for index, (slate_id, user_id) in enumerate(names):
         row = ranked.get(slate_id, ranked.get(user_id))
         if row is None:
@@ -378,14 +435,9 @@ def from_run(
             )
         codes = np.array(row, np.int64)
         fresh = codes[~_contains(known, user[index] * items + codes)][:count]
-        slate.append(np.full(len(fresh), index))
-        item.append(fresh)
-    return np.concatenate(slate), np.concatenate(item)
-
-
-def _rows(start: Ints, keep: Ints) -> Ints:
-    ranges = map(np.arange, start[keep], start[keep + 1])
-    return np.concatenate([np.zeros(0, np.int64), *ranges])
+        length.append(len(fresh))
+        item.append(fresh.astype(np.int32))
+    return _starts(np.array(length, np.int64)), np.concatenate(item)
 
 
 def _starts(length: Ints) -> Ints:

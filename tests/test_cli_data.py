@@ -3,9 +3,14 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from peftrank import prepare as _prepare
+from peftrank import slates as _slates
+from peftrank._tables import Settings
 from peftrank.cli.data import app
 from peftrank.errors import ConfigError, DataError
+from peftrank.formats.movielens import movielens
 from peftrank.formats.slates import read_items, read_slates
+from peftrank.training.data import folder_data
 
 FEATURES = "popularity,item_knn,transition,item_embedding,text_overlap,recency"
 
@@ -74,6 +79,61 @@ def test_parquet_holds_the_same_slates(films, tmp_path):
     prepare(films, tmp_path / "b", "--features", "popularity", "--parquet")
     first = list(read_slates(tmp_path / "a" / "train.jsonl"))
     assert first == list(read_slates(tmp_path / "b" / "train.parquet"))
+
+
+@pytest.mark.parametrize("features", ["", FEATURES])
+@pytest.mark.parametrize("as_of", ["time", "part"])
+def test_many_slates_are_written_as_shards_with_the_same_rows(
+    films, tmp_path, monkeypatch, features, as_of
+):
+    options = ("--features", features, "--as-of", as_of, "--targets-per-user", 3)
+    prepare(films, tmp_path / "a", *options)
+    for module, name, value in (
+        (_slates, "BLOCK", 25),
+        (_prepare, "SHARD", 7),
+        (_prepare, "_PIECE", 3),
+    ):
+        monkeypatch.setattr(module, name, value)
+    prepare(films, tmp_path / "b", *options, "--parquet")
+    shards = sorted((tmp_path / "b" / "train").iterdir())
+    assert [shard.name for shard in shards] == [f"part-{i:05}.parquet" for i in range(6)]
+    for part in ("train", "valid", "test"):
+        first = list(read_slates(tmp_path / "a" / f"{part}.jsonl"))
+        assert first == list(read_slates(tmp_path / "b" / part))
+    meta = json.loads((tmp_path / "b" / "meta.json").read_text(encoding="utf-8"))
+    assert "train/part-00005.parquet" in meta["files"]
+    assert folder_data(tmp_path / "b").train == tmp_path / "b" / "train"
+    counted = json.loads(run("inspect", tmp_path / "b", "--json").stdout)["parts"]
+    assert counted["train"]["slates"] == 36
+
+
+@pytest.mark.parametrize("when", [1, 3])
+def test_an_interrupted_run_leaves_nothing_that_looks_complete(films, tmp_path, monkeypatch, when):
+    monkeypatch.setattr(_slates, "BLOCK", 25)
+    calls = []
+
+    def interrupt(done, total):
+        calls.append(done)
+        if len(calls) == when:
+            raise KeyboardInterrupt
+
+    log = movielens(films)
+    with pytest.raises(KeyboardInterrupt):
+        _prepare.prepare(log, tmp_path / "out", Settings(), interrupt)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_interrupted_run_leaves_what_an_earlier_one_wrote(films, tmp_path):
+    out = tmp_path / "out"
+    prepare(films, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _prepare.prepare(movielens(films), out, Settings(), interrupt)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_a_second_run_leaves_no_file_of_the_first(films, tmp_path):

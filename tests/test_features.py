@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peftrank import _counting, features
 from peftrank._lists import Lists, Sequences, Shown
 from peftrank.errors import ConfigError, DataError
-from peftrank.features import GROUPS, Source, compute
+from peftrank.features import GROUPS, Source, State, columns, compute
 
 ITEMS = 12
 COUNTED = ("popularity", "item_knn", "transition", "recency")
@@ -42,8 +43,8 @@ def lists(rows, time=None):
 
 
 def table(slates, source, groups, **options):
-    names, values = compute(slates, source, groups, **options)
-    return dict(zip(names, values.T, strict=True))
+    values = compute(slates, State(source), groups, **options)
+    return dict(zip(columns(source, groups), values.T, strict=True))
 
 
 def test_a_target_seen_by_nobody_else_looks_like_an_item_nobody_saw():
@@ -113,9 +114,28 @@ def test_events_after_a_slate_never_change_its_features(rows, later, now):
             clicked=np.array([r[1] % 2 == 0 for r in rows], bool),
         )
         source = Source(timed(rows), ITEMS, timed=True, shown=shown)
-        return compute(slates, source, groups)[1]
+        return compute(slates, State(source), groups)
 
     np.testing.assert_array_equal(measured(past), measured(past + future))
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_features_do_not_depend_on_how_much_is_counted_at_once(timed, monkeypatch):
+    rng = np.random.default_rng(0)
+    rows = [rng.permutation(ITEMS)[: rng.integers(1, 9)].tolist() for _ in range(30)]
+    times = [np.sort(rng.integers(20, size=len(row))).tolist() for row in rows]
+    source = Source(sequences(rows, times), ITEMS, timed=timed)
+    slates = lists(
+        [(u, rows[u][:-1], rng.permutation(ITEMS)[:5].tolist()) for u in range(30)],
+        [20] * 30,
+    )
+    groups = (*COUNTED, "item_embedding")
+    straight = compute(slates, State(source), groups)
+    for name, value in (("_PAIRS", 0), ("_ASKED", 100), ("_CHUNK", 40)):
+        monkeypatch.setattr(features, name, value)
+    monkeypatch.setattr(_counting, "WANTED_BITS", 3)
+    assert np.array_equal(straight, compute(slates, State(source), groups), equal_nan=True)
+    assert not np.isnan(straight).all()
 
 
 @settings(max_examples=20, deadline=None)
@@ -124,8 +144,8 @@ def test_candidate_order_does_not_matter(order):
     train = sequences([[0, 1, 2, 3], [0, 3, 4], [1, 5, 2], [2, 0, 4]])
     source = Source(train, ITEMS, texts=[f"w{i % 3} x{i}" for i in range(ITEMS)])
     groups = (*COUNTED, "item_embedding", "text_overlap")
-    straight = compute(lists([(-1, [0, 1], list(range(6)))]), source, groups)[1]
-    shuffled = compute(lists([(-1, [0, 1], order)]), source, groups)[1]
+    straight = compute(lists([(-1, [0, 1], list(range(6)))]), State(source), groups)
+    shuffled = compute(lists([(-1, [0, 1], order)]), State(source), groups)
     np.testing.assert_allclose(shuffled, straight[order], rtol=1e-6, atol=1e-7)
 
 
@@ -187,18 +207,18 @@ def test_every_group_has_columns_of_its_own():
 
 def test_an_unknown_group_names_the_known_ones():
     with pytest.raises(ConfigError, match=r"unknown features 'price'\. Known: popularity"):
-        compute(lists([(0, [], [1])]), Source(sequences([[0]]), ITEMS), ("price",))
+        compute(lists([(0, [], [1])]), State(Source(sequences([[0]]), ITEMS)), ("price",))
 
 
 def test_a_group_without_its_source_says_what_is_missing():
     with pytest.raises(ConfigError, match="'text_overlap' need item texts"):
-        compute(lists([(0, [], [1])]), Source(sequences([[0]]), ITEMS), ("text_overlap",))
+        compute(lists([(0, [], [1])]), State(Source(sequences([[0]]), ITEMS)), ("text_overlap",))
 
 
 def test_timed_features_need_slates_with_times():
     source = Source(sequences([[0]], [[1]]), ITEMS, timed=True)
     with pytest.raises(DataError, match="1 slates have no time"):
-        compute(lists([(0, [], [1])]), source, ("popularity",))
+        compute(lists([(0, [], [1])]), State(source), ("popularity",))
 
 
 def test_preparing_data_loads_no_torch():

@@ -34,12 +34,12 @@ def make(rows, seed, how="leave-one-out", count=6, history_length=5, labels="bin
     known = np.unique(owner * ITEMS + table.item)
     pool = np.arange(ITEMS)
     draw = slates.draw_uniform(pool, rng)
-    slate, item, _ = slates.negatives(user, count, known, ITEMS, draw, pool, rng)
+    start, item, _ = slates.negatives(user, count, known, ITEMS, draw, pool, rng)
     names = [f"u{i}" for i in range(len(rows))]
-    lists = slates.from_targets(
-        table, targets, names, (slate, item), history_length=history_length, labels=labels, rng=rng
+    blocks = slates.from_targets(
+        table, targets, names, (start, item), history_length=history_length, labels=labels, rng=rng
     )
-    return table, targets, lists
+    return table, targets, slates.join(list(blocks))
 
 
 @settings(max_examples=60, deadline=None)
@@ -72,6 +72,17 @@ def test_the_same_seed_makes_the_same_lists(rows, seed):
     first, second = make(rows, seed)[2], make(rows, seed)[2]
     assert first.candidate.tolist() == second.candidate.tolist()
     assert first.label.tolist() == second.label.tolist()
+
+
+@settings(max_examples=30, deadline=None)
+@given(users, st.integers(0, 5), st.integers(1, 60), st.integers(1, 28))
+def test_lists_do_not_depend_on_how_many_are_made_at_once(rows, seed, block, count):
+    _, _, whole = make(rows, seed, count=count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slates, "BLOCK", block)
+        _, _, lists = make(rows, seed, count=count)
+    for name, value in vars(whole).items():
+        np.testing.assert_array_equal(value, getattr(lists, name), name)
 
 
 def test_leave_one_out_tests_on_the_last_and_validates_on_the_one_before():
@@ -169,6 +180,6 @@ def test_positives_have_no_fixed_place():
 def test_limit_keeps_whole_users_of_the_training_part_only():
     rows = [[1, 2, 3, 4, 5, 6]] * 6
     _, _, lists = make(rows, 0)
-    kept = slates.select(lists, slates.limit(lists, 6, np.random.default_rng(0)))
+    kept = slates.select(lists, slates.limit(lists.part, lists.user, 6, np.random.default_rng(0)))
     assert np.bincount(kept.part).tolist() == [6, 6, 6]
     assert len(set(kept.user[kept.part == 0].tolist())) == 2

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -117,7 +118,8 @@ def prepare_command(
     read = plugins.load("formats", format_)
     rejects = Rejects(output / "rejects.jsonl" if on_error == "skip" else None)
     log = read(path, on_error=on_error, rejects=rejects)
-    meta = prepare(log, output, settings)
+    with _progress() as progress:
+        meta = prepare(log, output, settings, progress)
     if json_:
         typer.echo(json.dumps(meta, ensure_ascii=False))
         return
@@ -149,6 +151,18 @@ def inspect_command(
     console = Console()
     for name, part in report["parts"].items():
         _print_part(console, name, part)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """Yields what shows how many slates are written, and the time left, on a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("writing slates", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _token_counter(name: str) -> CountTokens:

@@ -68,9 +68,15 @@ def parquet_records(
 
 def write_parquet(path: Path, records: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
     """Writes records, a few hundred at a time."""
+    batches = (pa.RecordBatch.from_pylist(rows, schema=schema) for rows in _batched(records))
+    write_columns(path, (pa.Table.from_batches([batch]) for batch in batches), schema)
+
+
+def write_columns(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
+    """Writes tables in row groups of a few hundred rows, so that a row can be read by itself."""
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-        for rows in _batched(records):
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+        for table in tables:
+            writer.write_table(table, row_group_size=_ROWS)
 
 
 def _batched(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

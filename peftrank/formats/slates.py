@@ -275,9 +275,9 @@ def item_lookup(path: Path, items: _Items | None, reject: Reject) -> Lookup:
 
 
 def items_beside(path: Path) -> Path | None:
-    """Returns the items file beside slates, None if there is none."""
-    folder = path if path.is_dir() else path.parent
-    files = (folder / f"items{suffix}" for suffix in _SUFFIXES)
+    """Returns the items file in a folder of shards or beside slates, None if there is none."""
+    folders = (path, path.parent) if path.is_dir() else (path.parent,)
+    files = (folder / f"items{suffix}" for folder in folders for suffix in _SUFFIXES)
     return next((file for file in files if file.is_file()), None)
 
 

@@ -44,7 +44,7 @@ def part_path(data: DataConfig, domain: str, part: str) -> Path:
 
 
 def folder_data(folder: Path) -> DataConfig:
-    """Returns the parts found in a folder that `peftrank data prepare` wrote.
+    """Returns the parts of a folder that `data prepare` wrote: files, or folders of shards.
 
     Raises:
         ConfigError: the folder holds no train, valid or test file.
@@ -52,8 +52,8 @@ def folder_data(folder: Path) -> DataConfig:
     found = {
         part: path
         for part in ("train", "valid", "test")
-        for path in (folder / f"{part}.jsonl", folder / f"{part}.parquet")
-        if path.is_file()
+        for path in (folder / part, folder / f"{part}.jsonl", folder / f"{part}.parquet")
+        if path.is_file() or (path.name == part and path.is_dir())
     }
     if not folder.is_dir():
         kind = "a file" if folder.exists() else "not there"
