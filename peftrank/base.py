@@ -161,6 +161,7 @@ def load_base(
     _check_option("quantization", quantization, QUANTIZATIONS)
     _check_option("compute_dtype", compute_dtype, _COMPUTE_DTYPES)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers fork after its use
+    _bound_kernel_caches()
     place = _device(device)
     dtype = native_dtype(place) if compute_dtype == "auto" else getattr(torch, compute_dtype)
     with _checkpoints.quiet_loading():
@@ -219,6 +220,7 @@ def base_from_model(
     Raises:
         BaseModelError: the architecture or its attention implementation is not supported.
     """
+    _bound_kernel_caches()
     config = model.config
     kind = check_architecture(name, config.to_dict())
     if config._attn_implementation not in ("sdpa", "eager"):
@@ -286,6 +288,17 @@ def _wrap(
         compute_dtype=dtype,
         _own_tensors=frozenset(_tensors(model)),
     )
+
+
+def _bound_kernel_caches() -> None:
+    """Bounds what PyTorch keeps on a CPU for each shape that it has multiplied.
+
+    oneDNN and the layer above it keep the last 1,024 compiled products each, up to 0.8 MB apiece,
+    and packed rows seldom have the same length twice: a training grew by 32 MB a step. A pass needs
+    a few dozen. Both read the variable at the first product; what the user has set stays.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "128")
 
 
 def remove_dropout(model: nn.Module) -> None:

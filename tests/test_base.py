@@ -499,3 +499,29 @@ def test_tokenizer_parallelism_is_set_only_if_the_user_did_not(saved, load, monk
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     load(saved)
     assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc what its heap holds")
+def test_products_of_ever_new_shapes_do_not_fill_the_memory(saved):
+    program = """
+import ctypes, sys, torch
+from peftrank.base import load_base
+
+class Heap(ctypes.Structure):
+    _fields_ = [(str(i), ctypes.c_size_t) for i in range(7)] + [("used", ctypes.c_size_t)]
+    _fields_ += [("free", ctypes.c_size_t), ("top", ctypes.c_size_t)]
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Heap
+base = load_base(sys.argv[1], quantization="none", compute_dtype="bfloat16", device="cpu")
+weight = torch.randn(256, 256, dtype=torch.bfloat16)
+used = []
+for rows in range(300, 900):
+    torch.randn(rows, 256, dtype=torch.bfloat16) @ weight.T
+    used.append(libc.mallinfo2().used / 2**20)
+print(used[-1] - used[200])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, saved], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 40  # MiB for 400 shapes; 103 where all are kept
