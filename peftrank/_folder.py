@@ -22,15 +22,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from peftrank.errors import AdapterError
+from peftrank.methods._peft_types import KINDS
 from peftrank.methods._sites import bottleneck_sites
-from peftrank.peft_files import AdapterFiles, check_tensors, ia3_factors, lora_layers
+from peftrank.peft_files import AdapterFiles, check_tensors, ia3_factors, lora_layers, peft_paths
 
 FORMAT_VERSION = 1
 _WEIGHTS = ".safetensors"
 MANIFEST = "peftrank.json"
 HASHED = ("README.md", "adapter_config.json", "adapter_model.safetensors", "readout.safetensors")
 _AGAIN = "Copy the adapter again from where it came, or activate another version."
-_METHODS = ("LORA", "BOTTLENECK", "IA3")
+_METHODS = ("LORA", "BOTTLENECK", "IA3", *KINDS)
 _CODE = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth", ".py", ".so")
 _KEYS: Mapping[tuple[str, ...], type] = {
     ("peftrank_version",): str,
@@ -114,7 +115,7 @@ def read(path: Path) -> AdapterFiles:
     readout = _deserialize(path / "readout.safetensors", content["readout.safetensors"])
     method = config.get("peft_type")
     if method not in _METHODS:
-        raise AdapterError(f"{path}: peft_type is {method!r}, not {' or '.join(_METHODS)}")
+        raise AdapterError(f"{path}: peft_type is {method!r}, not one of {', '.join(_METHODS)}")
     if not tensors:
         raise AdapterError(f"{path}: adapter_model.safetensors holds no tensor")
     try:
@@ -122,8 +123,10 @@ def read(path: Path) -> AdapterFiles:
             lora_layers(config, tensors)
         elif method == "IA3":
             ia3_factors(config, tensors)
-        else:
+        elif method == "BOTTLENECK":
             _check_bottleneck(config, tensors)
+        else:
+            peft_paths(config, tensors)
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from None
     return AdapterFiles(config, tensors, readout, manifest)

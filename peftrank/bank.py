@@ -10,7 +10,8 @@ A pass may mix adapters of any methods: tokens of one adapter lie together (`Bat
 change is computed on a slice of the flattened rows, and no weight is copied or gathered.
 
 The numbers are PEFT's: casts and the order of operations follow peft's lora/layer.py and
-lora/bnb.py. This file knows no prompt, no readout and no folder.
+lora/bnb.py; other types are computed by PEFT's own layers (`methods/_skeleton`). This file knows
+no prompt, no readout and no folder.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from peftrank.base import Base
 from peftrank.errors import AdapterError
 from peftrank.methods._norms import Weights, is_norm, with_weights
+from peftrank.methods._peft_types import KINDS
 from peftrank.methods._sites import (
     Reads,
     attach,
@@ -38,7 +40,7 @@ from peftrank.methods._sites import (
     bottleneck_sites,
     norm_names,
 )
-from peftrank.peft_files import AdapterFiles, LoraLayer, ia3_factors, lora_layers
+from peftrank.peft_files import AdapterFiles, LoraLayer, ia3_factors, lora_layers, peft_paths
 from peftrank.plugins import did_you_mean
 
 Place = tuple[str, Reads | Literal["linear", "linear input", "norm"]]
@@ -88,10 +90,12 @@ class Bank:
             adapter = self._bottleneck(name, files)
         elif method == "IA3":
             adapter = self._ia3(name, files)
+        elif method in KINDS:
+            adapter = self._peft(name, files)
         else:
             raise AdapterError(
-                f"adapter {name!r} has peft_type {method!r}. The bank applies LORA, BOTTLENECK and "
-                "IA3; AdaLoRA is exported as LoRA by `peftrank train`."
+                f"adapter {name!r} has peft_type {method!r}. The bank applies LORA, BOTTLENECK, "
+                f"IA3, {', '.join(KINDS)}; AdaLoRA is exported as LoRA by `peftrank train`."
             )
         with self._writing:
             self._hook(adapter)
@@ -163,6 +167,30 @@ class Bank:
                 changes[path, "linear"] = partial(_scaled_output, factors=placed)
             nbytes += placed.nbytes
         return Banked(name, changes, nbytes)
+
+    def _peft(self, name: str, files: AdapterFiles) -> Banked:
+        """Returns an adapter whose layers are PEFT's own, on a copy of the base's module tree."""
+        # Only these adapters need the PEFT library at inference.
+        from peftrank.methods import _skeleton
+
+        for path in peft_paths(files.peft_config, files.tensors):
+            module = self._module(name, path)
+            if not isinstance(module, nn.Linear) and not is_norm(module):
+                raise AdapterError(
+                    f"adapter {name!r} has weights for {path!r}, which is a "
+                    f"{type(module).__name__}, neither linear nor a normalization."
+                )
+        try:
+            layers = _skeleton.tuner_layers(self.base.model, files.peft_config, files.tensors)
+        except AdapterError as error:
+            raise AdapterError(f"adapter {name!r}: {error}") from error
+        changes: dict[Place, Callable[..., Tensor]] = {
+            (path, "norm" if is_norm(self._modules[path]) else "linear"): partial(
+                _skeleton.applied, layer
+            )
+            for path, layer in layers.items()
+        }
+        return Banked(name, changes, sum(t.nbytes for t in _skeleton.own_tensors(layers)))
 
     def _bottleneck(self, name: str, files: AdapterFiles) -> Banked:
         changes: dict[Place, Callable[..., Tensor]] = {}

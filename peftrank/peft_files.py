@@ -23,6 +23,19 @@ PREFIX = "base_model.model."
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LONGEST_PATH = 256
 _MOST_STEPS = 2 * 10**8
+_MOST_PATHS = 20_000
+_COMMON = 1024
+"""A whole number up to which no option of PEFT's methods takes much memory or time."""
+_UNAPPLIED = (
+    "bias",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "layers_pattern",
+    "layers_to_transform",
+    "modules_to_save",
+    "sample_at_inference",
+    "save_only_topk_weights",
+)
 _Patterns = list[tuple[re.Pattern[str], Any]]
 # LoRA variants that change the forward pass and that nothing here computes.
 _VARIANTS = (
@@ -135,6 +148,41 @@ def ia3_factors(
             )
         found[path] = ("input" if tensor.shape[0] == 1 else "output", tensor.flatten())
     return found
+
+
+def peft_paths(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Returns the module paths of an adapter whose layers PEFT itself computes.
+
+    PEFT makes these layers as the configuration says, which may be a stranger's: so it may hold no
+    pattern for modules, no other that takes for ever, and no number far beyond its tensors.
+
+    Raises:
+        AdapterError: it does, or it asks for what is not applied.
+    """
+    for name in _UNAPPLIED:
+        if config.get(name) not in (None, False, [], "none"):
+            raise AdapterError(
+                f"the configuration sets {name}={config[name]!r}, which PeftRank does not apply"
+            )
+    paths = config.get("target_modules")
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise AdapterError(f"target_modules is {paths!r:.80}; expected a list of module paths")
+    if any(len(path) > _LONGEST_PATH for path in paths) or not 0 < len(paths) <= _MOST_PATHS:
+        raise AdapterError(
+            f"target_modules names {len(paths)} modules; expected up to {_MOST_PATHS}, each with a "
+            f"path of at most {_LONGEST_PATH} characters"
+        )
+    largest = max((size for t in tensors.values() for size in t.shape), default=0)
+    for name, value in config.items():
+        if name.endswith("_pattern"):
+            _patterns(config, name, paths)
+        elif isinstance(value, int) and not name.endswith(("seed", "_key")):
+            if not -1 <= value <= max(_COMMON, largest):
+                raise AdapterError(
+                    f"the configuration sets {name}={value}, beyond all sizes of its tensors "
+                    f"(at most {largest})"
+                )
+    return paths
 
 
 def lora_ranks(layers: Mapping[str, LoraLayer]) -> dict[str, dict[str, int]]:

@@ -13,13 +13,14 @@ import json
 import pkgutil
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, get_type_hints
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from peftrank.errors import ConfigError
 
 KINDS = ("baselines", "formats", "losses", "methods", "metrics", "readouts")
+_PEFT = "peft:"
 _CLASS_KINDS = ("methods", "readouts")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -35,11 +36,15 @@ def load(kind: str, name: str) -> Any:  # noqa: ANN401 - a function or class, by
     """Returns the public object of a plug-in file.
 
     Functions (losses, formats, metrics, baselines) have the file's name; classes (methods,
-    readouts) have it in CamelCase: `score_head.py` holds `ScoreHead`.
+    readouts) have it in CamelCase: `score_head.py` holds `ScoreHead`. A method `peft:NAME` is
+    PEFT's own of that name.
 
     Raises:
         ConfigError: no such file, or `package.module:object` cannot be imported.
     """
+    if kind == "methods" and name.startswith(_PEFT):
+        methods: Any = importlib.import_module("peftrank.methods._peft")
+        return methods.peft_method(name.removeprefix(_PEFT))
     if ":" in name:
         return _load_outside(kind, name)
     if not _NAME.fullmatch(name) or name not in available(kind):
@@ -101,9 +106,10 @@ def _maker(kind: str, name: str) -> Any:  # noqa: ANN401
 def _parameter_types(kind: str, name: str) -> dict[str, Any]:
     maker = _maker(kind, name)
     try:
-        return get_type_hints(maker.__init__ if inspect.isclass(maker) else maker)
+        parameters = inspect.signature(maker, eval_str=True).parameters.values()
     except NameError:  # of a plug-in that imports types for type checkers alone
         return {}
+    return {p.name: p.annotation for p in parameters if p.annotation is not p.empty}
 
 
 def _check_type(what: str, value: object, expected: Any) -> None:  # noqa: ANN401

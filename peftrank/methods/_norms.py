@@ -40,8 +40,8 @@ def block_norms(block: nn.Module) -> tuple[str, ...]:
     paths = tuple(name for name, module in block.named_modules() if is_norm(module))
     if not paths:
         raise ConfigError(
-            f"method.layernorm=true, but a {type(block).__name__} has no normalization layer with "
-            "weights. Leave method.layernorm out."
+            f"a {type(block).__name__} has no normalization layer with weights that an adapter "
+            "could train. Leave method.layernorm out, or use method lora."
         )
     return paths
 

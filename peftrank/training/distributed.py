@@ -235,8 +235,10 @@ def _check_shardable(
             f"{kind} cannot shard a base with quantization {quantization}: bitsandbytes keeps what "
             f"belongs to a weight beside it. {whole}, or set base.quantization=none."
         )
-    reads_weights = None
-    if options.get("dora"):
+    reads_weights, everywhere = None, bool(options.get("dora"))
+    if method.startswith("peft:"):
+        reads_weights, everywhere = f"method {method}", True
+    elif options.get("dora"):
         reads_weights = "method.dora=true"
     elif kind == "zero3" and options.get("init") in ("pissa", "olora"):
         reads_weights = f"method.init={options['init']}"
@@ -245,7 +247,7 @@ def _check_shardable(
     if reads_weights:
         raise ConfigError(
             f"{reads_weights} looks at whole weights of the base, which {kind} shards. {whole}"
-            f"{', or shard it with configs/accelerate/fsdp2.yaml' * (not options.get('dora'))}."
+            f"{', or shard it with configs/accelerate/fsdp2.yaml' * (not everywhere)}."
         )
 
 
