@@ -1,12 +1,17 @@
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
-from benchmarks import games
+from benchmarks import games, inference, startup, training
+from benchmarks.peers import compare, generated, letters, ours, pointwise, pointwise_kv
+from benchmarks.peers.setting import batches, setting, synthetic
 from peftrank.config import load_config
 from peftrank.formats.slates import write_slates
 from peftrank.training.data import folder_data
 
+WORDS = ("amber", "badger", "castle", "daisy", "ember", "falcon", "garden", "harbor")
 NAMES = ("popularity", "item_knn")
 
 
@@ -70,3 +75,120 @@ def test_a_folder_without_slates_is_named(tmp_path, capsys):
         games.main(["--data", str(tmp_path)])
     assert stopped.value.code == 2
     assert str(tmp_path) in capsys.readouterr().err
+
+
+@pytest.fixture
+def peers_setting(tiny_decoder):
+    """Five slates on a random Llama whose LoRA does something."""
+    slates = synthetic(5, history=3, candidates=4, texts=[f"{a} {b}" for a in WORDS for b in WORDS])
+    made = setting(tiny_decoder, slates, micro_tokens=256, item_tokens=8)
+    generator = torch.Generator().manual_seed(0)
+    for weights in made.adapted.parameters():
+        if weights.requires_grad:
+            weights.data += 0.1 * torch.randn(weights.shape, generator=generator)
+    return made
+
+
+def flat(rows):
+    return torch.tensor([score for row in rows for score in row])
+
+
+def test_pointwise_peers_give_the_scores_of_isolated_mode(peers_setting):
+    readout = ours.score_head(peers_setting)
+    own = flat(ours.scoring(peers_setting, readout=readout).run())
+    assert own.std() > 0.05
+    for packing in (True, False):
+        again = ours.scoring(peers_setting, readout=readout, packing=packing)
+        torch.testing.assert_close(flat(again.run()), own, atol=1e-4, rtol=0)
+
+    def read(last):
+        return readout.text(readout.norm(last.float())).squeeze(-1)
+
+    prompts = pointwise.scoring(peers_setting, read)
+    torch.testing.assert_close(torch.tensor(prompts.run()), own, atol=1e-3, rtol=0)
+    for together in (True, False):
+        cached = pointwise_kv.scoring(peers_setting, read, together=together)
+        torch.testing.assert_close(torch.tensor(cached.run()), own, atol=1e-3, rtol=0)
+        assert cached.tokens < prompts.tokens
+
+
+def test_logits_of_all_tokens_give_the_yes_and_no_scores_of_two_rows(peers_setting):
+    own = flat(ours.scoring(peers_setting, logits=True).run())
+    peer = torch.tensor(pointwise.scoring(peers_setting).run())
+    torch.testing.assert_close(peer, own, atol=1e-3, rtol=0)
+
+
+def test_letters_read_from_the_last_token_are_those_of_all_logits(peers_setting):
+    last = letters.scoring(peers_setting).run()
+    every = letters.scoring(peers_setting, logits="all").run()
+    torch.testing.assert_close(flat(last), flat(every), atol=1e-4, rtol=0)
+    assert [len(row) for row in last] == [4] * 5
+
+
+def test_a_generated_ranking_has_room_for_every_candidate(peers_setting):
+    case = generated.scoring(peers_setting)
+    whole = peers_setting.base.tokenizer.encode("[1] > [2] > [3] > [4]", add_special_tokens=False)
+    assert [len(row) for row in case.run()] == [len(whole)] * 5
+
+
+def test_a_peers_step_trains_what_it_says(peers_setting):
+    before = {n: p.clone() for n, p in peers_setting.adapted.named_parameters()}
+    for case in training.cases(peers_setting).values():
+        case.run()
+        changed = {n for n, p in peers_setting.adapted.named_parameters() if (p != before[n]).any()}
+        assert changed == {n for n in before if "lora_" in n}
+        before = {n: p.clone() for n, p in peers_setting.adapted.named_parameters()}
+
+
+def test_pointwise_losses_do_not_depend_on_how_prompts_are_batched(peers_setting, monkeypatch):
+    def gradient(micro_tokens):
+        given = replace(peers_setting, micro_tokens=micro_tokens)
+        pointwise.training(given).run()
+        return steps[-1]
+
+    steps = []
+    weights = [p for p in peers_setting.adapted.parameters() if p.requires_grad]
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda _: steps.append([p.grad.clone() for p in weights])
+    )
+    for small, large in zip(gradient(64), gradient(10**6), strict=True):
+        torch.testing.assert_close(small, large, atol=1e-5, rtol=1e-3)
+
+
+def test_rows_are_batched_by_length_within_the_budget():
+    assert batches([3, 9, 5, 9, 1], 18) == [[1, 3], [2, 0, 4]]
+    assert batches([30, 2], 18) == [[0], [1]]
+
+
+@pytest.mark.parametrize("module", [training, inference], ids=lambda m: m.__name__)
+def test_one_command_compares_peers(module, tiny_decoder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "load_base", lambda name, **_: tiny_decoder)
+    found = tmp_path / "found.json"
+    options = {"slates": 2, "rounds": 2, "history": 2, "candidates": 3, "memory-slates": 0}
+    module.main([f"--{name}={value}" for name, value in {**options, "json": found}.items()])
+    result = json.loads(found.read_text(encoding="utf-8"))
+    own = result["rows"][module.OWN]
+    assert own["time_ratio"] == {"median": 1, "low": 1, "high": 1}
+    assert result["rows"][module.POINTWISE]["token_ratio"] > 1
+    assert {goal["goal"].partition(", ")[2] for goal in result["goals"]} <= result["rows"].keys()
+    shown = capsys.readouterr().out
+    assert all(f"| {name}" in shown for name in result["rows"])
+
+
+def test_a_start_is_judged_by_its_goals(tmp_path, monkeypatch, capsys):
+    parts = {"torch": 1.0, "peftrank": 0.5, "base": 1.5, "adapter": 0.25}
+
+    def run(*arguments):
+        if "--help" in arguments:
+            return 0.2, "help"
+        return 4.0, str({"nf4": 30, "none": 120}.get(arguments[-1], json.dumps(parts)))
+
+    monkeypatch.setattr(startup, "_run", run)
+    startup.main(["--rounds=1", f"--json={tmp_path / 'found.json'}"])
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert {name: goal["met"] for name, goal in found["goals"].items()} == {
+        startup.HELP: True,
+        startup.WARM: False,
+        startup.BYTES: True,
+    }
+    assert "3.25 | 2.50 | not met" in capsys.readouterr().out
