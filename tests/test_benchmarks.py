@@ -80,8 +80,9 @@ def test_a_folder_without_slates_is_named(tmp_path, capsys):
 @pytest.fixture
 def peers_setting(tiny_decoder):
     """Five slates on a random Llama whose LoRA does something."""
-    slates = synthetic(5, history=3, candidates=4, texts=[f"{a} {b}" for a in WORDS for b in WORDS])
-    made = setting(tiny_decoder, slates, micro_tokens=256, item_tokens=8)
+    texts = [" ".join([word, *WORDS[:more]]) for word in WORDS for more in (0, 1, 5)]
+    slates = synthetic(5, history=3, candidates=4, texts=texts)  # prefixes differ in length
+    made = setting(tiny_decoder, slates, micro_tokens=2048, item_tokens=8)
     generator = torch.Generator().manual_seed(0)
     for weights in made.adapted.parameters():
         if weights.requires_grad:
