@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import games, inference, startup, training
+from benchmarks import data, games, inference, startup, training
 from benchmarks.peers import compare, generated, letters, ours, pointwise, pointwise_kv
 from benchmarks.peers.setting import batches, setting, synthetic
 from peftrank.config import load_config
@@ -193,3 +193,12 @@ def test_a_start_is_judged_by_its_goals(tmp_path, monkeypatch, capsys):
         startup.BYTES: True,
     }
     assert "3.25 | 2.50 | not met" in capsys.readouterr().out
+
+
+def test_preparing_a_simulated_log_is_timed(tmp_path, capsys):
+    found = tmp_path / "data.json"
+    data.main(["--interactions", "2000", "--json", str(found)])
+    (row,) = json.loads(found.read_text(encoding="utf-8"))["rows"]
+    assert row["slates"] > 250
+    assert row["peak_bytes"] > 0
+    assert "| 2,000 |" in capsys.readouterr().out
