@@ -72,8 +72,8 @@ def check_mergeable(folder: Path) -> None:
     kind = store.load_adapter(folder).peft_config["peft_type"]
     if kind not in ("LORA", "IA3"):
         raise AdapterError(
-            f"{folder} is a {kind.lower()} adapter: layers of its own, which no weight of the base "
-            "can take in. Only LoRA (AdaLoRA is exported as LoRA) and IA3 can be merged."
+            f"{folder} is a {kind.lower()} adapter, which is not merged into weights of the base "
+            "here. Only LoRA (AdaLoRA is exported as LoRA) and IA3 can be merged."
         )
 
 

@@ -105,6 +105,7 @@ def applied(layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         result: Tensor = layer(x)
     finally:
         _GIVEN.reset(token)
+    # Some of PEFT's layers return float32, which would change the other adapters of a mixed pass.
     return result.to(output.dtype)
 
 
