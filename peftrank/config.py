@@ -101,12 +101,22 @@ class Propensity(_Section):
         return self
 
 
+class TaskLoss(_Named):
+    """The loss of a task; further keys are the loss's options."""
+
+    weight: float = Field(1.0, ge=0)
+
+
 class LossConfig(_Named):
     """The training objective; further keys are the loss's options."""
 
     name: str = "listnet"
     propensity: Propensity | None = None
     """Corrects clicks for the position they were made at. Absent: labels are taken as they are."""
+    weight: float = Field(1.0, ge=0)
+    """How much the ranking counts beside the tasks."""
+    tasks: dict[str, TaskLoss] | None = None
+    """The losses of the tasks that readout multi_task learns beside the ranking, by task."""
 
 
 class Template(_Section):
@@ -407,6 +417,8 @@ def _check_options(config: Config) -> None:
     sections = {"methods": config.method, "readouts": config.readout, "losses": config.loss}
     for kind, section in sections.items():
         plugins.check_options(kind, section.name, section.options, given[kind])
+    for task in (config.loss.tasks or {}).values():
+        plugins.check_options("losses", task.name, task.options, given["losses"])
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401

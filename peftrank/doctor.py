@@ -35,9 +35,16 @@ from peftrank.base import Base, BaseIdentity, load_tokenizer, native_dtype, remo
 from peftrank.config import Config
 from peftrank.errors import BaseModelError, PeftRankError
 from peftrank.model import RankingModel
-from peftrank.prompts import PromptTemplate, feature_tensor, micro_batches, pack, token_count
+from peftrank.prompts import (
+    PromptTemplate,
+    feature_tensor,
+    micro_batches,
+    pack,
+    task_tensor,
+    token_count,
+)
 from peftrank.training.data import feature_names, read_part, step_batches
-from peftrank.training.objective import objective
+from peftrank.training.objective import head_scores, objective
 from peftrank.training.run import prompt_arguments
 from peftrank.types import Batch
 
@@ -286,7 +293,7 @@ def _largest_pass(
     template = PromptTemplate(
         tokenizer, **prompt_arguments(config), turn=turn, max_depth=base.max_depth
     )
-    training = config.training
+    training, tasks = config.training, tuple(config.loss.tasks or ())
     largest: Batch | None = None
     for chosen in step_batches(
         slates,
@@ -306,6 +313,7 @@ def _largest_pass(
                 pad_token_id=base.pad_token_id,
                 labels=[slate.labels for slate in part],
                 weights=[slate.weights for slate in part],
+                tasks=task_tensor(part, tasks) if tasks else None,
                 features=feature_tensor(part, names) if names else None,
             )
             if largest is None or batch.input_ids.numel() > largest.input_ids.numel():
@@ -331,6 +339,7 @@ def _full_rows(config: Config) -> Batch:
         before=(place - 1).contiguous(),
         mask=torch.ones(rows, candidates, dtype=torch.bool),
         labels=torch.ones(rows, candidates),
+        tasks=torch.ones(rows, candidates, len(config.loss.tasks or ())),
     )
 
 
@@ -378,8 +387,9 @@ def _pass_peak(model: RankingModel, batch: Batch, config: Config) -> int:
         for tensor in (*model.parameters(), *model.buffers(), *held.values()):
             alive.known[tensor.untyped_storage()] = None
         with alive:
-            scores = model(batch)
-            reference = scores.detach().clone() if minimised.takes_reference else None
+            scores = head_scores(model, minimised, batch)
+            needed = minimised.ranking.takes_reference
+            reference = next(iter(scores.values())).detach().clone() if needed else None
             total: Any = minimised(scores, batch, reference).sum()
             total.backward()
     return alive.peak

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,13 @@ class RankingModel(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Returns scores (S, N) in float32, 0 at padding."""
         return read(self.readout, hidden_states(self.base, batch), batch)
+
+    def by_task(self, batch: Batch) -> dict[str, Tensor]:
+        """Returns what each head of a readout with several gives (S, N), in float32."""
+        states = hidden_states(self.base, batch)
+        with torch.autocast(states.device.type, enabled=False):
+            heads: dict[str, Tensor] = cast(Any, self.readout).by_task(states, batch)
+        return heads
 
 
 def hidden_states(base: Base, batch: Batch) -> Tensor:

@@ -51,6 +51,9 @@ class Slate:
     weights: tuple[float, ...] | None = None
     """How much each candidate's part of the training loss counts, >= 0; None: each as 1. Inverse
     propensities of clicks go here. Nothing else reads them."""
+    tasks: Mapping[str, tuple[float | None, ...]] = field(default_factory=lambda: _EMPTY)
+    """What else is known of the candidates, to be learned beside `labels`: one value >= 0 per
+    candidate, None where it is unknown. `{"rating": (4.0, None, None)}`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +128,8 @@ class Batch:
     """(S, N) float; 0 at padding."""
     weights: Tensor | None = None
     """(S, N) float, >= 0; 0 at padding. None: every candidate counts as 1."""
+    tasks: Tensor | None = None
+    """(S, N, K) float, one value for each of K tasks; NaN = unknown, and at padding."""
     features: Tensor | None = None
     """(S, N, F) float, NaN = missing."""
     slate_ids: tuple[str, ...] = ()

@@ -93,6 +93,7 @@ _SLATES = [
         "domain": "news",
         "context": {"device": "phone"},
         "weights": [2.5, 1, 1],
+        "tasks": {"rating": [4.5, None, 1]},
     },
     {"slate_id": "s2", "user_id": "u2", "history": [], "candidates": [_ITEM], "labels": None},
 ]

@@ -65,6 +65,15 @@ def _slate(draw):
         domain=draw(st.none() | _id),
         context=draw(st.dictionaries(_text, _text, max_size=2)),
         weights=numbers(grade, len(candidates)),
+        tasks=draw(
+            st.dictionaries(
+                _id,
+                st.lists(st.none() | grade, min_size=len(candidates), max_size=len(candidates)).map(
+                    tuple
+                ),
+                max_size=2,
+            )
+        ),
     )
 
 
@@ -202,6 +211,17 @@ BAD = {
         r"weights\[1\] is -2.0; it must be at least 0",
     ),
     "weights of another length": (record(weights=[1]), "weights has 1 numbers for 2 candidates"),
+    "tasks that are an array": (record(tasks=[1, 2]), "tasks must be an object of arrays"),
+    "a task that is a number": (record(tasks={"click": 1}), r"tasks\['click'\] must be an array"),
+    "a task of another length": (
+        record(tasks={"click": [1]}),
+        r"tasks\['click'\] has 1 values for 2 candidates; give one each, null where",
+    ),
+    "a negative value of a task": (
+        record(tasks={"click": [None, -1]}),
+        r"tasks\['click'\]\[1\] is -1.0; it must be at least 0",
+    ),
+    "a task without a name": (record(tasks={"": [1, 0]}), "a task's name is empty"),
     "a weight that is no number": (record(weights=[1, "2"]), r"weights\[1\] must be a number"),
     "an infinite weight": (record(weights=[1, math.inf]), r"weights\[1\] is inf"),
     "a time as text": (record(timestamp="2020-01-01"), "timestamp must be a number"),

@@ -1,5 +1,7 @@
 """Readouts on a tiny base, against the plain language-model computation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,6 +10,8 @@ from peftrank.errors import ConfigError
 from peftrank.prompts import PromptTemplate, collate
 from peftrank.prompts.tree import path_tokens
 from peftrank.readouts.likelihood import Likelihood
+from peftrank.readouts.multi_task import MultiTask
+from peftrank.readouts.pooled import Pooled
 from peftrank.readouts.score_head import ScoreHead
 from peftrank.readouts.yes_no import YesNo
 
@@ -126,3 +130,58 @@ def test_slates_without_features_are_refused_by_a_readout_that_has_some(tiny_enc
     states, batch = states_and_batch(tiny_encoder, template, [make_slate()])
     with pytest.raises(ConfigError, match="the slates carry none"):
         head(states, batch)
+
+
+def test_pooled_is_the_mean_or_maximum_of_the_candidates_own_tokens(tiny_encoder, make_slate):
+    parts = {**PARTS, "candidate": "item: {{ title }} end"}
+    template = PromptTemplate(tiny_encoder.tokenizer, parts=parts)
+    slates = [make_slate(n_candidates=3, seed=1), make_slate(n_candidates=5, seed=2)]
+    states, batch = states_and_batch(tiny_encoder, template, slates)
+    for pool in ("mean", "max"):
+        readout = built(Pooled, tiny_encoder, pool=pool, width=0)
+        scores = readout(states, batch)
+        for s, slate in enumerate(slates):
+            for c in range(len(slate.candidates)):
+                row, start, stop = (int(x[s, c]) for x in (batch.row, batch.start, batch.stop))
+                text = states[row, start:stop]
+                read = text.mean(0) if pool == "mean" else text.max(0).values
+                expected = readout.head.text(readout.head.norm(read))
+                assert float(scores[s, c]) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_pooled_shares_the_features_of_the_score_head(tiny_encoder, make_slate):
+    readout = built(Pooled, tiny_encoder, feature_names=("a",))
+    readout.fit_features(torch.tensor([[1.0], [3.0]]))
+    assert readout.head.feature_mean.tolist() == [2.0]
+    template = PromptTemplate(tiny_encoder.tokenizer, parts=PARTS)
+    slate = make_slate(features=("a",))
+    states, batch = states_and_batch(tiny_encoder, template, [slate], feature_names=("a",))
+    more = replace(batch, features=batch.features + 1)
+    assert not torch.allclose(readout(states, batch), readout(states, more))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": []}, r"readout\.tasks is empty"),
+        ({"tasks": ["click", "click"]}, r"readout\.tasks names 'click'"),
+        ({"tasks": ["rank"]}, r"readout\.tasks names 'rank'"),
+        ({"tasks": ["a.b"]}, r"readout\.tasks names 'a\.b'"),
+        ({"tasks": ["click"], "score": "buy"}, r"readout\.score is 'buy'; expected one of rank, "),
+        ({"tasks": ["click"], "score": {"rank": 0}}, "weights that are not all 0"),
+    ],
+)
+def test_impossible_tasks_are_named(tiny_encoder, options, message):
+    with pytest.raises(ConfigError, match=message):
+        built(MultiTask, tiny_encoder, **options)
+
+
+def test_the_score_of_many_tasks_is_the_mix_of_the_heads(tiny_encoder, make_slate):
+    template = PromptTemplate(tiny_encoder.tokenizer, parts=PARTS)
+    states, batch = states_and_batch(tiny_encoder, template, [make_slate()])
+    mix = {"rank": 0.5, "stay": -2.0}
+    readout = built(MultiTask, tiny_encoder, tasks=["click", "stay"], score=mix)
+    heads = readout.by_task(states, batch)
+    assert list(heads) == ["rank", "click", "stay"]
+    expected = 0.5 * heads["rank"] - 2.0 * heads["stay"]
+    torch.testing.assert_close(readout(states, batch), expected)

@@ -20,7 +20,7 @@ from peftrank.formats._log import Reject
 
 _ROWS = 512
 """Rows per record batch, so per piece in memory."""
-_MAPS = ("fields", "features", "context")
+_MAPS = ("fields", "features", "context", "tasks")
 _ITEM = pa.struct(
     [
         ("item_id", pa.string()),
@@ -41,6 +41,7 @@ SLATES = pa.schema(
         ("domain", pa.string()),
         ("context", pa.map_(pa.string(), pa.string())),
         ("weights", pa.list_(pa.float64())),
+        ("tasks", pa.map_(pa.string(), pa.list_(pa.float64()))),
     ]
 )
 

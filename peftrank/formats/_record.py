@@ -14,7 +14,7 @@ from peftrank.types import Item, Slate
 
 _REQUIRED = ("slate_id", "user_id", "history", "candidates")
 SLATE_KEYS = (
-    *_REQUIRED, "labels", "history_feedback", "timestamp", "domain", "context", "weights",
+    *_REQUIRED, "labels", "history_feedback", "timestamp", "domain", "context", "weights", "tasks",
 )  # fmt: skip
 ITEM_KEYS = ("item_id", "fields", "features")
 Lookup = Callable[[str], Item]
@@ -40,7 +40,7 @@ def slate_from_record(record: Any, lookup: Lookup) -> Slate:  # noqa: ANN401 - a
 
 
 def slate_record(slate: Slate, *, by_id: bool = False) -> dict[str, Any]:
-    """Returns the record of a slate, with every key but `weights` where it has none.
+    """Returns the record of a slate, with every key; `weights` and `tasks` only if it has some.
 
     Args:
         slate: The slate.
@@ -62,6 +62,11 @@ def slate_record(slate: Slate, *, by_id: bool = False) -> dict[str, Any]:
     }
     if slate.weights is not None:
         record["weights"] = _plain(slate.weights)
+    if slate.tasks:
+        record["tasks"] = {
+            name: [None if v is None else _plain_number(v) for v in values]
+            for name, values in slate.tasks.items()
+        }
     slate_from_record(record, Item)
     return record
 
@@ -120,6 +125,7 @@ def _slate(record: Any, lookup: Lookup) -> Slate:  # noqa: ANN401
         domain=None if domain is None else _text(domain, "domain"),
         context={} if context is None else _texts(context, "context"),
         weights=_numbers(record.get("weights"), "weights", len(candidates), "candidates", 0.0),
+        tasks=_tasks(record.get("tasks"), len(candidates)),
     )
 
 
@@ -189,6 +195,32 @@ def _features(value: Any, item_id: str) -> dict[str, float]:  # noqa: ANN401
                 f"feature {key!r} of item {item_id!r} is null; leave an unknown feature out"
             )
     return {k: _number(v, f"feature {k!r} of item {item_id!r}") for k, v in value.items()}
+
+
+def _tasks(value: Any, length: int) -> dict[str, tuple[float | None, ...]]:  # noqa: ANN401
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"tasks must be an object of arrays of numbers, not {_shown(value)}")
+    return {_text(name, "a task's name"): _task(name, v, length) for name, v in value.items()}
+
+
+def _task(name: str, values: Any, length: int) -> tuple[float | None, ...]:  # noqa: ANN401
+    what = f"tasks[{name!r}]"
+    if not isinstance(values, list):
+        raise ValueError(f"{what} must be an array of numbers, not {_shown(values)}")
+    if len(values) != length:
+        raise ValueError(
+            f"{what} has {len(values)} values for {length} candidates; give one each, null where "
+            "it is unknown"
+        )
+    numbers = tuple(
+        None if v is None else _number(v, f"{what}[{place}]") for place, v in enumerate(values)
+    )
+    for place, number in enumerate(numbers):
+        if number is not None and number < 0:
+            raise ValueError(f"{what}[{place}] is {number}; it must be at least 0")
+    return numbers
 
 
 def _numbers(

@@ -1,6 +1,13 @@
 """Slates as the model reads them: text, token trees, and packed batches."""
 
-from peftrank.prompts.pack import collate, feature_tensor, micro_batches, of_slates, pack
+from peftrank.prompts.pack import (
+    collate,
+    feature_tensor,
+    micro_batches,
+    of_slates,
+    pack,
+    task_tensor,
+)
 from peftrank.prompts.template import PromptTemplate
 from peftrank.prompts.tree import render, separate_token_count, token_count
 
@@ -13,5 +20,6 @@ __all__ = [
     "pack",
     "render",
     "separate_token_count",
+    "task_tensor",
     "token_count",
 ]

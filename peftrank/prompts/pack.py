@@ -64,6 +64,7 @@ def pack(
     row_tokens: int = 512,
     labels: Sequence[Sequence[float] | None] | None = None,
     weights: Sequence[Sequence[float] | None] | None = None,
+    tasks: Tensor | None = None,
     features: Tensor | None = None,
     groups: Sequence[int] | None = None,
 ) -> Batch:
@@ -79,6 +80,7 @@ def pack(
         labels: Per tree one value per candidate, or None; any None means a batch without labels.
         weights: Per tree one value per candidate, or None for all 1; a batch in which all are None
             has none.
+        tasks: (S, N, K) float, NaN = unknown.
         features: (S, N, F) float, NaN = missing.
         groups: Per tree a number, where trees of different groups are read with different
             adapters. They then share no tokens, and `spans` says which tokens are whose.
@@ -102,6 +104,7 @@ def pack(
         **_candidate_tensors(trie, trees, nodes, rows),
         labels=_labels(trees, labels),
         weights=_weights(trees, weights),
+        tasks=tasks,
         features=features,
         slate_ids=tuple(tree.slate_id for tree in trees),
     )
@@ -121,6 +124,7 @@ def of_slates(batch: Batch, indices: Sequence[int], features: Tensor | None = No
         **places,
         labels=None if batch.labels is None else batch.labels[indices],
         weights=None if batch.weights is None else batch.weights[indices],
+        tasks=None if batch.tasks is None else batch.tasks[indices],
         features=features,
         slate_ids=tuple(batch.slate_ids[i] for i in indices),
     )
@@ -409,4 +413,15 @@ def feature_tensor(
     for s, slate in enumerate(slates):
         for c, item in enumerate(slate.candidates):
             values[s, c] = [item.features.get(name, np.nan) for name in names]
+    return torch.from_numpy(values)
+
+
+def task_tensor(slates: Sequence[Slate], names: Sequence[str]) -> Tensor:
+    """Returns the slates' values of tasks (S, N, K), NaN where unknown or padded."""
+    longest = max(len(slate.candidates) for slate in slates)
+    values = np.full((len(slates), longest, len(names)), np.nan, dtype=np.float32)
+    for s, slate in enumerate(slates):
+        for k, name in enumerate(names):
+            known = slate.tasks.get(name, ())
+            values[s, : len(known), k] = [np.nan if v is None else v for v in known]
     return torch.from_numpy(values)

@@ -99,7 +99,17 @@ class ScoreHead(nn.Module):
 
     def forward(self, states: Tensor, batch: Batch) -> Tensor:
         """Returns scores (S, N) from states (R, T, H)."""
-        candidates = self.norm(states[batch.row, batch.end].float())  # (S, N, H)
+        return self.score(states[batch.row, batch.end], states, batch)
+
+    def score(self, candidates: Tensor, states: Tensor, batch: Batch) -> Tensor:
+        """Returns scores (S, N) of candidates that were read in another way than by their end.
+
+        Args:
+            candidates: (S, N, H), what stands for each candidate.
+            states: (R, T, H), where `match` finds the trunk.
+            batch: The batch; its features are read.
+        """
+        candidates = self.norm(candidates.float())  # (S, N, H)
         text = candidates
         if self.match:
             # The first candidate hangs from the trunk in every mode.

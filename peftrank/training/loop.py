@@ -26,9 +26,11 @@ from peftrank.base import Base
 from peftrank.config import Config
 from peftrank.errors import PeftRankError
 from peftrank.metrics import per_slate
-from peftrank.model import hidden_states, read
+from peftrank.model import RankingModel
+from peftrank.readouts.multi_task import RANK
 from peftrank.training import checkpoint, distributed
 from peftrank.training.data import step_batches, steps_per_epoch
+from peftrank.training.objective import head_scores
 from peftrank.training.progress import Progress
 from peftrank.training.publish import publish
 from peftrank.training.run import Run, new_folder, put_back, shared_passes, snapshot, start
@@ -216,8 +218,9 @@ def _backward(run: Run, slates: Sequence[Slate]) -> tuple[float, float]:
     loss, tokens = 0.0, 0
     for _, batch, counts in shared_passes(run, slates):
         reference = _reference_scores(run, batch)
-        scores = run.model(batch)
-        losses = run.objective(scores, batch, reference)
+        with accelerator.autocast():
+            scores = head_scores(run.model, run.objective, batch)
+        losses = run.objective(scores, batch, reference, _log_variance(run))
         value = losses.sum() * (float(counts) / len(slates))
         accelerator.backward(value)
         loss += float(value.detach())
@@ -238,8 +241,14 @@ def _reference_scores(run: Run, batch: Batch) -> Tensor | None:
     """
     if run.reference is None:
         return None
+    frozen = RankingModel(run.base, run.reference)
     with torch.no_grad(), run.adapted.disable_adapter(), run.accelerator.autocast():
-        return read(run.reference, hidden_states(run.base, batch), batch)
+        return head_scores(frozen, run.objective, batch)[RANK]
+
+
+def _log_variance(run: Run) -> Tensor | None:
+    found: Tensor | None = run.readout.log_variance if run.objective.tasks else None  # type: ignore[assignment]
+    return found
 
 
 def _trainable(run: Run) -> list[Tensor]:

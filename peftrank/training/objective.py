@@ -1,4 +1,4 @@
-"""What a run minimises: a loss by name, its options, and what it needs beside scores and labels.
+"""What a run minimises: losses by name, their options, and what they need beside scores and labels.
 
 It knows no model: the scores of the frozen reference are computed by its caller.
 """
@@ -10,67 +10,138 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from peftrank import plugins
-from peftrank.config import Config, Propensity
+from peftrank.config import Config, LossConfig, Propensity, TaskLoss
 from peftrank.errors import ConfigError, DataError
+from peftrank.readouts.multi_task import RANK
 from peftrank.types import Batch, Slate
 
 
 @dataclass(frozen=True)
-class Objective:
-    """A loss with its options. Calling it gives one value per slate."""
+class Loss:
+    """A loss with its options and what else it takes."""
 
     name: str
     function: Any
     options: Mapping[str, Any]
+    weight: float
     takes_weights: bool
     takes_reference: bool
     """Whether it compares with the scores of a frozen reference."""
 
-    def __call__(self, scores: Tensor, batch: Batch, reference: Tensor | None = None) -> Tensor:
-        """Returns the losses (S,) of scores (S, N).
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of the ranking and those of the tasks beside it. A call gives a value per slate."""
+
+    ranking: Loss
+    tasks: Mapping[str, Loss]
+    """In the order of `Batch.tasks`."""
+
+    def __call__(
+        self,
+        scores: Mapping[str, Tensor],
+        batch: Batch,
+        reference: Tensor | None = None,
+        log_variance: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the losses (S,), summed over the ranking and the tasks.
+
+        A task's loss sees the candidates whose value is known; a slate without any does not count
+        for the task. The weights of a slate belong to its labels, so tasks do not read them.
 
         Args:
-            scores: Of the model.
-            batch: Holds labels, mask and weights.
-            reference: (S, N), of the frozen reference, where the loss takes it.
+            scores: (S, N) of each head, by task; `rank` is the ranking's.
+            batch: Holds labels, weights, tasks and mask.
+            reference: (S, N), of the frozen reference, where the ranking's loss takes it.
+            log_variance: (1 + K,) in the order of `scores`. A loss L then counts as
+                exp(-s) L + s / 2 (arXiv 1705.07115, with the 1/2 of regressions left to `weight`).
         """
-        more: dict[str, Tensor] = {}
-        if batch.weights is not None:
-            more["weights"] = batch.weights
-        if reference is not None:
-            more["reference"] = reference
-        losses: Tensor = self.function(scores, batch.labels, batch.mask, **more, **self.options)
-        return losses
+        total = torch.zeros_like(batch.mask[:, 0], dtype=torch.float32)
+        for index, (name, given) in enumerate(scores.items()):
+            if name == RANK:
+                loss, more = self.ranking, {"weights": batch.weights, "reference": reference}
+                labels, known = batch.labels, batch.mask
+            else:
+                loss, more = self.tasks[name], {}
+                assert batch.tasks is not None  # packed for these tasks
+                labels = batch.tasks[..., list(self.tasks).index(name)]
+                known = batch.mask & ~labels.isnan()
+                labels = labels.nan_to_num()
+            taken = {key: value for key, value in more.items() if value is not None}
+            value = loss.function(given, labels, known, **taken, **loss.options)
+            if log_variance is not None:
+                value = torch.exp(-log_variance[index]) * value + log_variance[index] / 2
+            total = total + loss.weight * value.masked_fill(~known.any(dim=-1), 0.0)
+        return total
 
 
 def objective(config: Config) -> Objective:
     """Returns the configured objective.
 
     Raises:
-        ConfigError: no such loss.
+        ConfigError: no such loss, or a task's loss compares with a reference.
     """
-    name = config.loss.name
-    function = plugins.load("losses", name)
+    tasks = {name: _loss(given) for name, given in (config.loss.tasks or {}).items()}
+    for name, loss in tasks.items():
+        if loss.takes_reference:
+            raise ConfigError(
+                f"loss.tasks.{name} is {loss.name!r}, which compares with a frozen reference; "
+                "that is for the ranking alone"
+            )
+    return Objective(_loss(config.loss), tasks)
+
+
+def _loss(given: LossConfig | TaskLoss) -> Loss:
+    function = plugins.load("losses", given.name)
     parameters = inspect.signature(function).parameters
-    return Objective(
-        name,
+    return Loss(
+        given.name,
         function,
-        config.loss.options,
+        given.options,
+        given.weight,
         takes_weights="weights" in parameters,
         takes_reference="reference" in parameters,
     )
 
 
+def head_scores(model: Any, made: Objective, batch: Batch) -> Mapping[str, Tensor]:  # noqa: ANN401
+    """Returns the scores (S, N) of every head of a RankingModel, by task."""
+    if made.tasks:
+        scores: dict[str, Tensor] = model.by_task(batch)
+        return scores
+    return {RANK: model(batch)}
+
+
+def check_tasks(made: Objective, readout: nn.Module, slates: Sequence[Slate]) -> None:
+    """Raises ConfigError unless every head has a loss and every task some values to learn."""
+    # Only a readout of several heads has tasks.
+    heads = tuple(getattr(readout, "tasks", ()))
+    if set(heads) != set(made.tasks):
+        raise ConfigError(
+            f"readout.tasks has {', '.join(heads) or 'none'} and loss.tasks "
+            f"{', '.join(made.tasks) or 'none'}; name the same tasks in both (readout multi_task)"
+        )
+    for name in heads:
+        if not any(v is not None for slate in slates for v in slate.tasks.get(name, ())):
+            known = sorted({task for slate in slates for task in slate.tasks})
+            raise ConfigError(
+                f"no training slate has a value of the task {name!r}"
+                f"{plugins.did_you_mean(name, known)}. There are: {', '.join(known) or 'none'}."
+            )
+
+
 def check_weights(made: Objective, slates: Sequence[Slate]) -> None:
     """Raises ConfigError if slates have weights that the loss cannot use."""
     weighted = next((slate for slate in slates if slate.weights is not None), None)
-    if weighted is not None and not made.takes_weights:
+    if weighted is not None and not made.ranking.takes_weights:
         raise ConfigError(
-            f"slate {weighted.slate_id!r} has weights, and the loss {made.name!r} has no parameter "
-            "`weights` to use them. Choose another loss, or leave weights and loss.propensity out."
+            f"slate {weighted.slate_id!r} has weights, and the loss {made.ranking.name!r} has no "
+            "parameter `weights` to use them. Choose another loss, or leave weights and "
+            "loss.propensity out."
         )
 
 

@@ -23,7 +23,14 @@ from peftrank.base import Base, load_base, native_dtype
 from peftrank.config import Config
 from peftrank.errors import DataError
 from peftrank.model import RankingModel, move
-from peftrank.prompts import PromptTemplate, feature_tensor, micro_batches, pack, token_count
+from peftrank.prompts import (
+    PromptTemplate,
+    feature_tensor,
+    micro_batches,
+    pack,
+    task_tensor,
+    token_count,
+)
 from peftrank.training import distributed
 from peftrank.training.data import (
     feature_names,
@@ -34,6 +41,7 @@ from peftrank.training.data import (
 )
 from peftrank.training.objective import (
     Objective,
+    check_tasks,
     check_weights,
     objective,
     with_propensities,
@@ -144,6 +152,7 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
     base = base or configured_base(config, accelerator.device, sharded=sharding is not None)
     features = feature_names(train, config.data.features)
     readout = _build_readout(config, base, features, train)
+    check_tasks(minimised, readout, train)
     template = PromptTemplate(
         base.tokenizer,
         **prompt_arguments(config),
@@ -178,7 +187,7 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
         readout=readout,
         optimizer=accelerator.prepare_optimizer(optimizer),
         objective=minimised,
-        reference=_frozen(readout, base) if minimised.takes_reference else None,
+        reference=_frozen(readout, base) if minimised.ranking.takes_reference else None,
         train=train,
         valid=valid,
         features=features,
@@ -301,6 +310,7 @@ def passes(run: Run, slates: Sequence[Slate]) -> Iterator[tuple[list[Slate], Bat
             pad_token_id=run.base.pad_token_id,
             labels=[slate.labels for slate in part],
             weights=[slate.weights for slate in part],
+            tasks=task_tensor(part, tuple(run.objective.tasks)) if run.objective.tasks else None,
             features=feature_tensor(part, run.features) if run.features else None,
         )
         yield part, move(batch, run.base.device)
