@@ -23,7 +23,7 @@ from typing import Any, cast
 import peft
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -33,7 +33,7 @@ from peftrank._architectures import DECODERS, max_depth
 from peftrank._checkpoints import config_source
 from peftrank.base import Base, BaseIdentity, load_tokenizer, native_dtype, remove_dropout
 from peftrank.config import Config
-from peftrank.errors import BaseModelError, PeftRankError
+from peftrank.errors import BaseModelError, ConfigError, PeftRankError
 from peftrank.model import RankingModel
 from peftrank.prompts import (
     PromptTemplate,
@@ -111,6 +111,7 @@ def memory_plan(
 
     Raises:
         BaseModelError: the base's architecture is not known or not supported.
+        ConfigError: the readout's memory depends on the texts themselves.
     """
     values, dtype = _architecture(config, architecture), _dtype(config, device)
     with torch.device("meta"):
@@ -387,7 +388,13 @@ def _pass_peak(model: RankingModel, batch: Batch, config: Config) -> int:
         for tensor in (*model.parameters(), *model.buffers(), *held.values()):
             alive.known[tensor.untyped_storage()] = None
         with alive:
-            scores = head_scores(model, minimised, batch)
+            try:
+                scores = head_scores(model, minimised, batch)
+            except DataDependentOutputException:
+                raise ConfigError(
+                    f"the memory of readout {config.readout.name!r} depends on the texts of the "
+                    "slates, so doctor cannot plan it. Plan with readout.name=score_head."
+                ) from None
             needed = minimised.ranking.takes_reference
             reference = next(iter(scores.values())).detach().clone() if needed else None
             total: Any = minimised(scores, batch, reference).sum()

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from peftrank.base import load_base
 from peftrank.config import load_config
 from peftrank.doctor import machine, memory_plan
-from peftrank.errors import BaseModelError
+from peftrank.errors import BaseModelError, ConfigError
 
 
 @pytest.fixture
@@ -142,6 +142,12 @@ def test_the_command_prints_the_machine_and_the_plan(place, given, cli):
     assert values["memory"]["total"] > values["memory"]["base"]
     assert cli("doctor", "--method", "lora").code == 2
     assert cli("doctor", *arguments, "--device", "tpu").code == 2
+
+
+@pytest.mark.parametrize("readout", ["pooled", "likelihood"])
+def test_a_readout_whose_memory_depends_on_the_texts_is_named(config, readout):
+    with pytest.raises(ConfigError, match=rf"readout '{readout}' depends on the texts"):
+        memory_plan(config(**{"readout": {"name": readout}}))
 
 
 def test_a_plan_can_be_replaced_but_not_changed(config):
