@@ -1,4 +1,4 @@
-"""What is known about each supported architecture: layers, positions, masks.
+"""What is known about each supported architecture: layers, positions, masks, and their order.
 
 Only `base` uses this. An architecture is listed once its hidden states under a prompt tree's mask
 were checked against its ordinary forward (tests/test_base.py does so for each).
@@ -108,3 +108,78 @@ def layer_masks(
     if kind in _LAYERED_MASKS:
         return {"full_attention": mask, "sliding_attention": near}
     return near
+
+
+def embed(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Returns what enters the first block (R, T, H).
+
+    Args:
+        model: The causal-LM class of a decoder, or an encoder.
+        input_ids: (R, T).
+        position_ids: (R, T) depths.
+    """
+    inner = model.base_model
+    kind = model.config.model_type
+    if kind in DECODERS:
+        return cast(Tensor, inner.embed_tokens(input_ids))
+    depth = positions(model.config, position_ids)
+    states = cast(Tensor, inner.embeddings(input_ids=input_ids, position_ids=depth))
+    if kind == "electra" and model.config.embedding_size != model.config.hidden_size:
+        return cast(Tensor, inner.embeddings_project(states))
+    return states
+
+
+def run_blocks(
+    model: PreTrainedModel,
+    states: Tensor,
+    mask: Tensor,
+    position_ids: Tensor,
+    *,
+    first: int,
+    last: int,
+) -> Tensor:
+    """Returns what leaves block `last - 1` when `states` (R, T, H) enter block `first`.
+
+    Args:
+        model: The causal-LM class of a decoder, or an encoder.
+        states: (R, T, H).
+        mask: (R, 1, T, T) additive.
+        position_ids: (R, T) depths.
+        first: Index of a block.
+        last: One past the index of a block; the norm behind the last block is not applied.
+    """
+    config, stack = model.config, blocks(model)
+    masks = layer_masks(config, mask, position_ids)
+    depth = positions(config, position_ids)
+    rotary: dict[str, Any] = {}
+    for index in range(first, last):
+        kind = config.layer_types[index] if isinstance(masks, dict) else ""
+        own = masks[kind] if isinstance(masks, dict) else masks
+        if config.model_type not in DECODERS:
+            states = stack[index](states, own)
+            continue
+        if kind not in rotary:
+            rotary[kind] = _rotary(model, states, depth, kind)
+        states = stack[index](
+            states,
+            attention_mask=own,
+            position_ids=depth,
+            position_embeddings=rotary[kind],
+            past_key_values=None,
+            use_cache=False,
+        )
+    return states
+
+
+def final_norm(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """Returns the states after the norm that decoders have behind their last block."""
+    if model.config.model_type in DECODERS:
+        return cast(Tensor, model.base_model.norm(states))
+    return states
+
+
+def _rotary(model: PreTrainedModel, states: Tensor, depth: Tensor, kind: str) -> Any:  # noqa: ANN401
+    embedding = model.base_model.rotary_emb
+    if model.config.model_type == "gemma3_text":  # the base frequency is the layer type's own
+        return embedding(states, depth, kind)
+    return embedding(states, depth)

@@ -26,9 +26,12 @@ from peftrank._architectures import (
     POOLED,
     blocks,
     check_architecture,
+    embed,
+    final_norm,
     layer_masks,
     max_depth,
     positions,
+    run_blocks,
 )
 from peftrank._checkpoints import Checkpoint
 from peftrank.errors import BaseModelError, ConfigError
@@ -109,11 +112,7 @@ class Base:
                 A sliding-window layer also hides keys whose depth is a window or more above.
             position_ids: (R, T) long depths from 0, smaller than `max_depth`.
         """
-        if attention_mask.dim() != 4 or not attention_mask.is_floating_point():
-            raise BaseModelError(
-                f"attention_mask is {attention_mask.dtype} {tuple(attention_mask.shape)}; expected "
-                "an additive floating-point mask (R, 1, T, T), as attention_mask() makes it."
-            )
+        _check_mask(attention_mask)
         extra = {"use_cache": False} if self.is_decoder else {}
         # `base_model` is the module inside a causal-LM class, and an encoder itself.
         output = self.model.base_model(
@@ -123,6 +122,43 @@ class Base:
             **extra,
         )
         return cast(Tensor, output.last_hidden_state)
+
+    @property
+    def constant_layers(self) -> int:
+        """How many blocks stand below the first that holds or trains anything but the frozen base.
+
+        What leaves them depends on the tokens alone. 0 if something outside the blocks was added
+        or trains, for it might change what enters the first.
+        """
+        block_of = {id(p): i for i, block in enumerate(self.layers) for p in block.parameters()}
+        changed = (
+            block_of.get(id(parameter), 0)
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad or name.replace(".base_layer", "") not in self._own_tensors
+        )
+        return min(changed, default=self.num_layers)
+
+    def states_below(
+        self, layer: int, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
+    ) -> Tensor:
+        """Returns the hidden states (R, T, H) that enter block `layer`; see `hidden_states`."""
+        _check_mask(attention_mask)
+        states = embed(self.model, input_ids, position_ids)
+        return run_blocks(self.model, states, attention_mask, position_ids, first=0, last=layer)
+
+    def states_above(
+        self, layer: int, states: Tensor, attention_mask: Tensor, position_ids: Tensor
+    ) -> Tensor:
+        """Returns the last hidden states when `states` (R, T, H) enter block `layer`.
+
+        With what `states_below` returns it is what `hidden_states` returns.
+        """
+        _check_mask(attention_mask)
+        last = self.num_layers
+        states = run_blocks(
+            self.model, states, attention_mask, position_ids, first=layer, last=last
+        )
+        return final_norm(self.model, states)
 
     def state_hash(self) -> str:
         """Returns a sha256 of the base's own tensors, leaving out adapters injected by PEFT."""
@@ -402,6 +438,14 @@ def _quantization_config(
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=["lm_head"],
     )
+
+
+def _check_mask(mask: Tensor) -> None:
+    if mask.dim() != 4 or not mask.is_floating_point():
+        raise BaseModelError(
+            f"attention_mask is {mask.dtype} {tuple(mask.shape)}; expected an additive "
+            "floating-point mask (R, 1, T, T), as attention_mask() makes it."
+        )
 
 
 def _check_option(key: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -190,7 +190,16 @@ class TrainingConfig(_Section):
     """Stop after this many evaluations without a better nDCG@10."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Accelerate's. auto: nothing beside what the base's own compute_dtype asks for."""
+    bottom_cache: Literal["off", "memory", "disk"] = "off"
+    """Keep what enters the lowest adapted layer, for `method.layers: top-K` (docs/speed.md)."""
+    bottom_cache_mib: int = Field(4096, ge=1)
+    """The most that it may keep: in each process, or in the cache folder."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+
+    @field_validator("bottom_cache", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML reads the plain word so
 
 
 class EvaluationConfig(_Section):

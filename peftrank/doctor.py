@@ -34,7 +34,7 @@ from peftrank._checkpoints import config_source
 from peftrank.base import Base, BaseIdentity, load_tokenizer, native_dtype, remove_dropout
 from peftrank.config import Config
 from peftrank.errors import BaseModelError, ConfigError, PeftRankError
-from peftrank.model import RankingModel
+from peftrank.model import Entering, RankingModel
 from peftrank.prompts import (
     PromptTemplate,
     feature_tensor,
@@ -43,6 +43,7 @@ from peftrank.prompts import (
     task_tensor,
     token_count,
 )
+from peftrank.training.bottom import lowest_adapted
 from peftrank.training.data import feature_names, read_part, step_batches
 from peftrank.training.objective import head_scores, objective
 from peftrank.training.run import prompt_arguments
@@ -70,6 +71,8 @@ class MemoryPlan:
     """AdamW's two moments."""
     activations: int
     """Most that is alive in a forward and backward pass beside all of the above."""
+    kept: int
+    """Of the states that enter the lowest adapted layer, what stays in memory."""
     gathered: int
     """Of sharded layers, those that are whole for the moment."""
     process: int
@@ -84,7 +87,7 @@ class MemoryPlan:
     def total(self) -> int:
         """All of it."""
         parts = (self.base, self.adapter, self.gradients, self.optimizer, self.activations)
-        return sum(parts) + self.gathered + self.process
+        return sum(parts) + self.kept + self.gathered + self.process
 
     def as_json(self) -> dict[str, Any]:
         """Returns the plan with its total."""
@@ -117,11 +120,12 @@ def memory_plan(
     with torch.device("meta"):
         base = _hollow_base(values, dtype, config)
         outside, weights, constants = _stored_bytes(base, config)
-        layer = weights // len(base.layers)
+        block = weights // len(base.layers)
         options = {k: v for k, v in config.method.options.items() if k != "init"}  # needs weights
         method = plugins.load("methods", config.method.name)(total_steps=1000, **options)
         peft.get_peft_model(base.model, method.config(base.model))
-    names, batch, measured = _largest_pass(config, base, architecture)
+        layer = None if config.training.bottom_cache == "off" else lowest_adapted(base)
+    names, batch, slate_tokens = _largest_pass(config, base, architecture)
     with torch.device("meta"):
         readout = plugins.load("readouts", config.readout.name).build(
             base.hidden_size,
@@ -132,7 +136,9 @@ def memory_plan(
         )
         model = RankingModel(base, readout).train()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    peak = _pass_peak(model, batch, config) - 4 * trained  # the gradients are counted by themselves
+    peak = (
+        _pass_peak(model, batch, config, layer) - 4 * trained
+    )  # the gradients are counted by themselves
     if config.base.quantization != "none":
         largest = max(m.weight.numel() for m in base.model.modules() if isinstance(m, nn.Linear))
         peak += largest * dtype.itemsize  # one weight at a time is dequantized
@@ -142,11 +148,12 @@ def memory_plan(
         gradients=4 * trained,
         optimizer=8 * trained,
         activations=peak,
-        gathered=2 * layer if sharded else 0,
+        kept=_kept_bytes(config, base, slate_tokens),
+        gathered=2 * block if sharded else 0,
         process=0 if device != "cpu" else _LIBRARIES + _HEAP_BYTES + int((_HEAP_FACTOR - 1) * peak),
         rows=batch.input_ids.shape[0],
         tokens=batch.input_ids.shape[1],
-        measured=measured,
+        measured=slate_tokens is not None,
     )
 
 
@@ -240,7 +247,7 @@ def _hollow_base(values: Any, dtype: torch.dtype, config: Config) -> Base:  # no
         max_depth=max_depth(values.to_dict()),
         pad_token_id=0,
         compute_dtype=dtype,
-        _own_tensors=frozenset(),
+        _own_tensors=frozenset((*model.state_dict(), *dict(model.named_buffers()))),
     )
 
 
@@ -278,10 +285,25 @@ def _stored_bytes(base: Base, config: Config) -> tuple[int, int, int]:
     return int(outside), int(weights), int(constants)
 
 
+def _kept_bytes(config: Config, base: Base, slate_tokens: int | None) -> int:
+    """Returns what `training.bottom_cache=memory` keeps; at most, if no slate was seen."""
+    training = config.training
+    if training.bottom_cache != "memory":
+        return 0
+    limit = training.bottom_cache_mib * 2**20
+    if slate_tokens is None:
+        return limit
+    return min(limit, slate_tokens * base.hidden_size * base.compute_dtype.itemsize)
+
+
 def _largest_pass(
     config: Config, base: Base, architecture: Path | None
-) -> tuple[tuple[str, ...], Batch, bool]:
-    """Returns the feature names, and the largest pass of the first steps or a full one."""
+) -> tuple[tuple[str, ...], Batch, int | None]:
+    """Returns the feature names, the largest pass of the first steps, and the slates' tokens.
+
+    The tokens are those of all slates that training reads, estimated from the first. Without
+    slates the pass has full rows and the tokens are None.
+    """
     try:
         if architecture is not None:
             raise BaseModelError("no tokenizer")
@@ -289,13 +311,14 @@ def _largest_pass(
         slates = read_part(config.data, config.domain, "train")
         names = feature_names(slates, config.data.features)
     except PeftRankError:
-        return (), _full_rows(config), False
+        return (), _full_rows(config), None
     turn = str(plugins.load("readouts", config.readout.name).turn)
     template = PromptTemplate(
         tokenizer, **prompt_arguments(config), turn=turn, max_depth=base.max_depth
     )
     training, tasks = config.training, tuple(config.loss.tasks or ())
     largest: Batch | None = None
+    seen = tokens = 0
     for chosen in step_batches(
         slates,
         training.batch_size,
@@ -307,6 +330,7 @@ def _largest_pass(
         ordered = sorted(chosen, key=lambda s: (s.user_id, len(s.history), s.slate_id))
         trees = [template.tree(slate) for slate in ordered]
         lengths = [token_count(tree) for tree in trees]
+        seen, tokens = seen + len(trees), tokens + sum(lengths)
         for group in micro_batches(lengths, training.micro_tokens):
             part = [ordered[i] for i in group]
             batch = pack(
@@ -320,7 +344,7 @@ def _largest_pass(
             if largest is None or batch.input_ids.numel() > largest.input_ids.numel():
                 largest = batch
     assert largest is not None
-    return names, largest, True
+    return names, largest, tokens * (len(slates) + training.eval_slates) // seen
 
 
 def _full_rows(config: Config) -> Batch:
@@ -374,8 +398,15 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= nbytes
 
 
-def _pass_peak(model: RankingModel, batch: Batch, config: Config) -> int:
-    """Returns the most bytes that a forward and backward pass has alive beside its weights."""
+def _pass_peak(model: RankingModel, batch: Batch, config: Config, layer: int | None) -> int:
+    """Returns the most bytes that a forward and backward pass has alive beside its weights.
+
+    Args:
+        model: On the meta device.
+        batch: The pass.
+        config: The run; the loss is read.
+        layer: The block that kept states enter; None: the pass begins with the tokens.
+    """
     minimised = objective(config)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, _fake_weights(model):
@@ -388,8 +419,12 @@ def _pass_peak(model: RankingModel, batch: Batch, config: Config) -> int:
         for tensor in (*model.parameters(), *model.buffers(), *held.values()):
             alive.known[tensor.untyped_storage()] = None
         with alive:
+            entering = None
+            if layer is not None:
+                shape = (*batch.input_ids.shape, model.base.hidden_size)
+                entering = Entering(layer, torch.zeros(shape, dtype=model.base.compute_dtype))
             try:
-                scores = head_scores(model, minimised, batch)
+                scores = head_scores(model, minimised, batch, entering)
             except DataDependentOutputException:
                 raise ConfigError(
                     f"the memory of readout {config.readout.name!r} depends on the texts of the "

@@ -5,8 +5,8 @@ It knows neither adapters (they live inside or around the base) nor losses.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import fields, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,16 @@ from torch import Tensor, nn
 from peftrank.attention import attention_mask
 from peftrank.base import Base
 from peftrank.types import Batch
+
+
+@dataclass(frozen=True)
+class Entering:
+    """The hidden states of a batch on their way into a block of the base."""
+
+    layer: int
+    """Index of the block."""
+    states: Tensor
+    """(R, T, H)."""
 
 
 class RankingModel(nn.Module):
@@ -26,26 +36,44 @@ class RankingModel(nn.Module):
         self.backbone = base.model  # registered, so that .to(), DDP and FSDP see it
         self.readout = readout
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Returns scores (S, N) in float32, 0 at padding."""
-        return read(self.readout, hidden_states(self.base, batch), batch)
+    def forward(self, batch: Batch, entering: Entering | None = None) -> Tensor:
+        """Returns scores (S, N) in float32, 0 at padding; see `hidden_states`."""
+        return read(self.readout, hidden_states(self.base, batch, entering), batch)
 
-    def by_task(self, batch: Batch) -> dict[str, Tensor]:
+    def by_task(self, batch: Batch, entering: Entering | None = None) -> dict[str, Tensor]:
         """Returns what each head of a readout with several gives (S, N), in float32."""
-        states = hidden_states(self.base, batch)
+        states = hidden_states(self.base, batch, entering)
         with torch.autocast(states.device.type, enabled=False):
             heads: dict[str, Tensor] = cast(Any, self.readout).by_task(states, batch)
         return heads
 
 
-def hidden_states(base: Base, batch: Batch) -> Tensor:
-    """Returns the base's last hidden states (R, T, H) of a batch, with the adapters in place."""
+def hidden_states(base: Base, batch: Batch, entering: Entering | None = None) -> Tensor:
+    """Returns the base's last hidden states (R, T, H) of a batch, with the adapters in place.
+
+    Args:
+        base: The base.
+        batch: Packed trees.
+        entering: Computed before; the blocks below are then left out.
+    """
     mask = attention_mask(batch, causal=base.is_decoder, dtype=base.compute_dtype)
-    dtype = base.compute_dtype
+    with _precision(base):
+        if entering is None:
+            return base.hidden_states(batch.input_ids, mask, batch.position_ids)
+        return base.states_above(entering.layer, entering.states, mask, batch.position_ids)
+
+
+def states_below(base: Base, batch: Batch, layer: int) -> Tensor:
+    """Returns the hidden states (R, T, H) of a batch that enter block `layer`."""
+    mask = attention_mask(batch, causal=base.is_decoder, dtype=base.compute_dtype)
+    with _precision(base):
+        return base.states_below(layer, batch.input_ids, mask, batch.position_ids)
+
+
+def _precision(base: Base) -> AbstractContextManager[object]:
     # An adapter's weights are float32; in a bfloat16 base its products are computed as such.
-    half = torch.autocast(mask.device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
-    with half:
-        return base.hidden_states(batch.input_ids, mask, batch.position_ids)
+    dtype = base.compute_dtype
+    return torch.autocast(base.device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
 
 
 def read(readout: nn.Module, states: Tensor, batch: Batch) -> Tensor:

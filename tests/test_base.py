@@ -92,6 +92,34 @@ def test_hidden_states_equal_the_models_own_forward(kind, tokenizer, bert_tokeni
     assert base.identity.architecture == kind
 
 
+@pytest.mark.parametrize("kind", [*_DECODERS, *_ENCODERS])
+def test_the_lower_layers_and_then_the_upper_ones_are_the_whole(kind, tokenizer, bert_tokenizer):
+    tokens = tokenizer if kind in _DECODERS else bert_tokenizer
+    base = base_from_model(_tiny(kind, len(tokens)), tokens, name=kind)
+    ids, mask, positions = _inputs(base)
+    with torch.no_grad():
+        whole = base.hidden_states(ids, mask, positions)
+        for layer in range(3):
+            below = base.states_below(layer, ids, mask, positions)
+            assert torch.equal(base.states_above(layer, below, mask, positions), whole)
+    assert not torch.equal(below, whole) or not base.is_decoder  # decoders have a norm behind
+
+
+def test_layers_are_constant_below_all_that_was_added_or_trains(tiny_decoder):
+    assert tiny_decoder.constant_layers == 2
+    for pattern, expected in ((r".*\.1\..*q_proj", 1), (r".*\.[01]\..*q_proj", 0)):
+        adapted = get_peft_model(tiny_decoder.model, LoraConfig(target_modules=pattern))
+        assert tiny_decoder.constant_layers == expected
+        adapted.requires_grad_(False)  # an adapter that does not train is none of the base's
+        assert tiny_decoder.constant_layers == expected
+        adapted.unload()
+    for whole in (tiny_decoder.model.model.norm, tiny_decoder.model.model.embed_tokens):
+        whole.requires_grad_(True)
+        assert tiny_decoder.constant_layers == 0
+        whole.requires_grad_(False)
+    assert tiny_decoder.constant_layers == 2
+
+
 @pytest.mark.parametrize("kind", ["gemma3_text", "mistral", "phi3", "qwen2"])
 def test_a_sliding_window_is_applied_by_depth_on_a_shared_prefix(kind, tokenizer):
     # Two branches of 6 tokens after a trunk of 4; the window is 4, so it matters.

@@ -81,6 +81,21 @@ def test_more_layers_tokens_and_precision_take_more(config):
     assert one.adapter < float32.adapter
 
 
+def test_kept_states_of_the_lower_layers_are_counted(config):
+    top = {"method.layers": "top-1", "base.compute_dtype": "float32"}
+    plain = memory_plan(config(**top))
+    memory = memory_plan(config(**top, **{"training.bottom_cache": "memory"}))
+    disk = memory_plan(config(**top, **{"training.bottom_cache": "disk"}))
+    assert plain.kept == disk.kept == 0 < memory.kept < 2**20
+    assert memory.total - memory.kept == disk.total
+    held = disk.rows * disk.tokens * 32 * 4  # the states of the pass itself
+    assert plain.activations <= disk.activations <= plain.activations + held
+    small = {"training.bottom_cache": "memory", "training.bottom_cache_mib": 1, "data": {}}
+    assert memory_plan(config(**top, **small)).kept == 2**20  # 1,200 slates of the sample
+    with pytest.raises(ConfigError, match="top-K"):
+        memory_plan(config(**{"training.bottom_cache": "memory"}))
+
+
 def test_a_sharded_base_is_shared_and_whole_layers_are_gathered(config):
     settings = config(**{"base.compute_dtype": "bfloat16"})
     whole = memory_plan(settings, device="cuda")

@@ -1,6 +1,6 @@
 """kill -9 at random moments of a training: while it loads, trains, evaluates, saves and publishes.
 
-PEFTRANK_KILLS says how many kills each method gets (2): 23 of them over the nine methods make 207.
+PEFTRANK_KILLS says how many kills each method gets (2): 23 of them over the ten settings make 230.
 """
 
 import multiprocessing
@@ -31,13 +31,24 @@ METHODS = {
     "houlsby": ("adapter", {"kind": "houlsby", "size": 4}),
     "parallel": ("adapter", {"kind": "parallel", "size": 4, "layernorm": True}),
     "ia3": ("ia3", {}),
+    "bottom": ("lora", {"r": 4, "dropout": 0.1, "layers": "top-1"}),
 }
+TRAININGS = {"bottom": {"bottom_cache": "disk"}}
 BASES = {"qlora": {"quantization": "nf4"}, "ia3": {"compute_dtype": "float32"}}
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def spawn():
+def cache(tmp_path_factory):
+    """The cache folder of the processes that train."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PEFTRANK_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def spawn(cache):
     """Starts processes that have the libraries loaded already; returns their context."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["killed", "peftrank.training", "peft.tuners.lora.bnb"])
@@ -76,6 +87,7 @@ def settings(tokenizer, tmp_path_factory):
                     "eval_steps": 3,
                     "checkpoint_steps": 2,
                     "learning_rate": 1e-2,
+                    **TRAININGS.get(name, {}),
                 },
             }
         )
@@ -119,7 +131,7 @@ def final_weights(output):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_killed_training_goes_on_and_ends_bit_identically(spawn, settings, tmp_path, name):
+def test_a_killed_training_goes_on_and_ends_bit_identically(spawn, settings, cache, tmp_path, name):
     config, log = settings[name], tmp_path / "log"
     seconds = train(spawn, config, tmp_path / "whole", log)
     expected = final_weights(tmp_path / "whole")
@@ -140,6 +152,8 @@ def test_a_killed_training_goes_on_and_ends_bit_identically(spawn, settings, tmp
             if done is not None:
                 break
             kills += 1
+            if rng.random() < 0.5:  # what is kept of the lower layers may be lost too
+                shutil.rmtree(cache / "bottom", ignore_errors=True)
             resume = newest_run(output)
         assert store.active(output, "demo") != "0001"
         found = final_weights(output)

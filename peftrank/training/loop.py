@@ -26,7 +26,7 @@ from peftrank.base import Base
 from peftrank.config import Config
 from peftrank.errors import PeftRankError
 from peftrank.metrics import per_slate
-from peftrank.model import RankingModel
+from peftrank.model import Entering, RankingModel
 from peftrank.readouts.multi_task import RANK
 from peftrank.training import checkpoint, distributed
 from peftrank.training.data import step_batches, steps_per_epoch
@@ -217,9 +217,10 @@ def _backward(run: Run, slates: Sequence[Slate]) -> tuple[float, float]:
     run.model.train()
     loss, tokens = 0.0, 0
     for _, batch, counts in shared_passes(run, slates):
-        reference = _reference_scores(run, batch)
+        entering = run.entering("train", batch)
+        reference = _reference_scores(run, batch, entering)
         with accelerator.autocast():
-            scores = head_scores(run.model, run.objective, batch)
+            scores = head_scores(run.model, run.objective, batch, entering)
         losses = run.objective(scores, batch, reference, _log_variance(run))
         value = losses.sum() * (float(counts) / len(slates))
         accelerator.backward(value)
@@ -233,7 +234,7 @@ def _backward(run: Run, slates: Sequence[Slate]) -> tuple[float, float]:
     return total[0], total[1]
 
 
-def _reference_scores(run: Run, batch: Batch) -> Tensor | None:
+def _reference_scores(run: Run, batch: Batch, entering: Entering | None) -> Tensor | None:
     """Returns the scores (S, N) of the base without the adapter, read by the readout of the start.
 
     None where the loss compares with no reference. Packed as the model's own pass, so that only
@@ -243,7 +244,7 @@ def _reference_scores(run: Run, batch: Batch) -> Tensor | None:
         return None
     frozen = RankingModel(run.base, run.reference)
     with torch.no_grad(), run.adapted.disable_adapter(), run.accelerator.autocast():
-        return head_scores(frozen, run.objective, batch)[RANK]
+        return head_scores(frozen, run.objective, batch, entering)[RANK]
 
 
 def _log_variance(run: Run) -> Tensor | None:
@@ -272,7 +273,7 @@ def _valid_ndcg(run: Run) -> float:
     run.model.eval()
     with torch.no_grad():
         for part, batch, counts in shared_passes(run, run.valid):
-            rows = run.model(batch).tolist()
+            rows = run.model(batch, run.entering("valid", batch)).tolist()
             if counts:
                 scores = [row[: len(s.candidates)] for row, s in zip(rows, part, strict=True)]
                 for slate, value in zip(part, per_slate(SELECT_BY, part, scores), strict=True):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from peftrank import plugins
 from peftrank.config import Config, LossConfig, Propensity, TaskLoss
 from peftrank.errors import ConfigError, DataError
+from peftrank.model import Entering
 from peftrank.readouts.multi_task import RANK
 from peftrank.types import Batch, Slate
 
@@ -108,12 +109,17 @@ def _loss(given: LossConfig | TaskLoss) -> Loss:
     )
 
 
-def head_scores(model: Any, made: Objective, batch: Batch) -> Mapping[str, Tensor]:  # noqa: ANN401
+def head_scores(
+    model: Any,  # noqa: ANN401
+    made: Objective,
+    batch: Batch,
+    entering: Entering | None = None,
+) -> Mapping[str, Tensor]:
     """Returns the scores (S, N) of every head of a RankingModel, by task."""
     if made.tasks:
-        scores: dict[str, Tensor] = model.by_task(batch)
+        scores: dict[str, Tensor] = model.by_task(batch, entering)
         return scores
-    return {RANK: model(batch)}
+    return {RANK: model(batch, entering)}
 
 
 def check_tasks(made: Objective, readout: nn.Module, slates: Sequence[Slate]) -> None:

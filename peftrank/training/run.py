@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from peftrank import plugins
 from peftrank.base import Base, load_base, native_dtype
 from peftrank.config import Config
-from peftrank.errors import DataError
-from peftrank.model import RankingModel, move
+from peftrank.errors import ConfigError, DataError, PeftRankError
+from peftrank.model import Entering, RankingModel, move
 from peftrank.prompts import (
     PromptTemplate,
     feature_tensor,
@@ -32,6 +32,7 @@ from peftrank.prompts import (
     token_count,
 )
 from peftrank.training import distributed
+from peftrank.training.bottom import Bottom, bottoms
 from peftrank.training.data import (
     feature_names,
     fingerprint,
@@ -94,6 +95,8 @@ class Run:
     """What was logged, one row per step."""
 
     trees: dict[int, PromptTree] = field(default_factory=dict)
+    bottoms: dict[str, Bottom] = field(default_factory=dict)
+    """By part, what enters the lowest adapted layer; empty if nothing is kept."""
 
     @cached_property
     def slates_fingerprint(self) -> str:
@@ -106,6 +109,10 @@ class Run:
         if key not in self.trees:
             self.trees[key] = self.template.tree(slate)
         return self.trees[key]
+
+    def entering(self, part: str, batch: Batch) -> Entering | None:
+        """Returns what is kept of the lower layers for slates of `train` or `valid`."""
+        return self.bottoms[part].entering(batch) if self.bottoms else None
 
     def start_log(self) -> None:
         """Opens `metrics.jsonl` with the rows up to now, so that no step appears twice."""
@@ -147,6 +154,12 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
     sharding = distributed.sharding(
         config.base.quantization, config.method.name, config.method.options
     )
+    if sharding is not None and training.bottom_cache != "off":
+        raise ConfigError(
+            f"training.bottom_cache={training.bottom_cache} needs the whole base in each process, "
+            f"and accelerate was launched to shard it ({sharding}). Set it to 'off', or use "
+            "configs/accelerate/ddp.yaml."
+        )
     accelerator = distributed.start_accelerator(training, folder)
     torch.manual_seed(config.seed)
     base = base or configured_base(config, accelerator.device, sharded=sharding is not None)
@@ -175,7 +188,7 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
         weight_decay=training.weight_decay,
     )
     distributed.broadcast([*adapter, *readout.parameters(), *readout.buffers()], accelerator)
-    return Run(
+    run = Run(
         config=config,
         accelerator=accelerator,
         base=base,
@@ -195,6 +208,19 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
         learning_rate=learning_rate,
         folder=broadcast_object_list([folder])[0],  # each process made a name
     )
+    if training.bottom_cache != "off":
+        parts = {"train": train, "valid": valid}
+        try:
+            run.bottoms = bottoms(
+                base,
+                {name: [run.tree(slate) for slate in slates] for name, slates in parts.items()},
+                where=training.bottom_cache,
+                limit=training.bottom_cache_mib * 2**20,
+            )
+        except PeftRankError:
+            adapted.unload()
+            raise
+    return run
 
 
 def _labelled_part(config: Config, part: str, limit: int | None = None) -> list[Slate]:
