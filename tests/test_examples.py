@@ -118,7 +118,7 @@ def test_add_domain(run_python):
 def test_add_loss(run_python):
     assert run_python("add_loss.py").strip() == ".demo/add-loss/adapters/news/0001"
     manifest = json.loads(Path(".demo/add-loss/adapters/news/0001/peftrank.json").read_text())
-    assert manifest["config"]["loss"] == {"name": "add_loss:hardest", "margin": 0.5}
+    assert manifest["config"]["loss"].items() >= {"name": "add_loss:hardest", "margin": 0.5}.items()
 
 
 def test_the_loss_of_the_example_is_what_it_says():
