@@ -33,6 +33,7 @@ _CONFIGS = next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") i
 DOMAIN_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 """A domain names a folder of the store, so it holds no dot and no separator."""
 PARTS = ("preamble", "history", "question", "candidate", "answer")
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 _LARGEST_INT = 2**63 - 1
 _TEXT = "tag:yaml.org,2002:str"
 
@@ -178,6 +179,26 @@ class TrainingConfig(_Section):
     learning_rate: float | None = Field(None, gt=0)
     """Of the adapter; absent: the method's own default."""
     readout_learning_rate: float = Field(1e-3, gt=0)
+    optimizer: Literal[
+        "adamw",
+        "sgd",
+        "lion",
+        "adamw_8bit",
+        "lion_8bit",
+        "paged_adamw",
+        "paged_adamw_8bit",
+        "paged_lion",
+        "paged_lion_8bit",
+    ] = "adamw"
+    """8bit: states of 8 bits. paged: on a GPU that is short of room, they move to the host."""
+    betas: tuple[_Beta, _Beta] | None = None
+    """Of AdamW and Lion; absent: 0.9, 0.999 and 0.9, 0.99."""
+    epsilon: float = Field(1e-8, gt=0)
+    """Of AdamW."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of SGD."""
+    gradient_checkpointing: bool = False
+    """Compute a block again in the backward pass in place of keeping what is inside it."""
     weight_decay: float = Field(0.0, ge=0)
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -46,7 +46,8 @@ from peftrank.prompts import (
 from peftrank.training.bottom import lowest_adapted
 from peftrank.training.data import feature_names, read_part, step_batches
 from peftrank.training.objective import head_scores, objective
-from peftrank.training.run import prompt_arguments
+from peftrank.training.optimizers import state_bytes
+from peftrank.training.run import checkpoint_blocks, prompt_arguments
 from peftrank.types import Batch
 
 _STEPS = 20
@@ -68,7 +69,7 @@ class MemoryPlan:
     """Adapter and readout weights, float32."""
     gradients: int
     optimizer: int
-    """AdamW's two moments."""
+    """What the optimizer keeps: of AdamW two moments."""
     activations: int
     """Most that is alive in a forward and backward pass beside all of the above."""
     kept: int
@@ -135,10 +136,12 @@ def memory_plan(
             **config.readout.options,
         )
         model = RankingModel(base, readout).train()
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    peak = (
-        _pass_peak(model, batch, config, layer) - 4 * trained
-    )  # the gradients are counted by themselves
+    if config.training.gradient_checkpointing:
+        checkpoint_blocks(base)
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    trained = sum(sizes)
+    peak = _pass_peak(model, batch, config, layer)
+    peak -= 4 * trained  # the gradients are counted by themselves
     if config.base.quantization != "none":
         largest = max(m.weight.numel() for m in base.model.modules() if isinstance(m, nn.Linear))
         peak += largest * dtype.itemsize  # one weight at a time is dequantized
@@ -146,7 +149,7 @@ def memory_plan(
         base=outside + constants + (weights // processes if sharded else weights),
         adapter=4 * trained,
         gradients=4 * trained,
-        optimizer=8 * trained,
+        optimizer=state_bytes(config.training, sizes),
         activations=peak,
         kept=_kept_bytes(config, base, slate_tokens),
         gathered=2 * block if sharded else 0,

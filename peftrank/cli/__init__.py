@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _quiet() -> None:
-    # PEFT reads a property that transformers deprecates; a user can do nothing about it.
+    # Names that transformers deprecates, used by PEFT and here; a user can do nothing about it.
     warnings.filterwarnings(
-        "ignore", r"`is_gradient_checkpointing` is deprecated", category=FutureWarning
+        "ignore", r"`\w*gradient_checkpointing\w*` is deprecated", category=FutureWarning
     )

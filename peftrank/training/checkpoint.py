@@ -24,6 +24,7 @@ from torch import Tensor
 from peftrank.config import Config
 from peftrank.errors import AdapterError, ConfigError
 from peftrank.files import publish_folder, temporary_folder
+from peftrank.training.optimizers import put_slot, slots
 from peftrank.training.run import Run, Snapshot, parameter_names, put_back, snapshot
 
 _KEEP = 2
@@ -192,21 +193,15 @@ def _write(final: Path, values: dict[str, Any], groups: dict[str, dict[str, Tens
 def _optimizer_tensors(run: Run) -> dict[str, Tensor]:
     """Returns the optimizer's state as `<parameter>/<slot>` tensors."""
     names = parameter_names(run)
-    return {
-        f"{names[parameter]}/{slot}": torch.as_tensor(value)
-        for parameter, state in run.optimizer.optimizer.state.items()
-        for slot, value in state.items()
-    }
+    held = slots(run.optimizer.optimizer)
+    return {f"{names[parameter]}/{slot}": value for (parameter, slot), value in held.items()}
 
 
 def _restore_optimizer(run: Run, tensors: dict[str, Tensor]) -> None:
     by_name = {name: parameter for parameter, name in parameter_names(run).items()}
     for key, value in tensors.items():
         name, _, slot = key.rpartition("/")
-        parameter = by_name[name]
-        # AdamW keeps its scalar `step` on the CPU; moments live beside their parameter.
-        held = value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
-        run.optimizer.optimizer.state[parameter][slot] = held
+        put_slot(run.optimizer.optimizer, by_name[name], slot, value)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -118,6 +118,7 @@ def _given_back(run: Run) -> Iterator[None]:
         yield
     finally:
         run.adapted.unload()
+        run.base.model.gradient_checkpointing_disable()
         run.base.model.eval()
         # Not end_training(): that ends the group of processes, under a model that still uses it.
         for tracker in run.accelerator.trackers:

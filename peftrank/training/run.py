@@ -47,6 +47,7 @@ from peftrank.training.objective import (
     objective,
     with_propensities,
 )
+from peftrank.training.optimizers import check_optimizer, make_optimizer, peak_learning_rate
 from peftrank.types import Batch, PromptTree, Slate
 
 
@@ -161,6 +162,13 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
             "configs/accelerate/ddp.yaml."
         )
     accelerator = distributed.start_accelerator(training, folder)
+    learning_rate = peak_learning_rate(training, method.learning_rate)
+    check_optimizer(training, accelerator.device)
+    if training.gradient_checkpointing and sharding is not None:
+        raise ConfigError(
+            "training.gradient_checkpointing with a sharded base was never run: its blocks would "
+            "have to be gathered a second time. Leave one of the two out."
+        )
     torch.manual_seed(config.seed)
     base = base or configured_base(config, accelerator.device, sharded=sharding is not None)
     features = feature_names(train, config.data.features)
@@ -182,11 +190,11 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
     ranking = RankingModel(base, readout.to(accelerator.device))
     # Not prepare(): see `distributed`. This adds what mixed precision needs.
     model = accelerator.prepare_model(ranking, evaluation_mode=True)
-    learning_rate = training.learning_rate or method.learning_rate
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(ranking, learning_rate, training.readout_learning_rate),
-        weight_decay=training.weight_decay,
+    optimizer = make_optimizer(
+        training, _parameter_groups(ranking, learning_rate, training.readout_learning_rate)
     )
+    if training.gradient_checkpointing:
+        checkpoint_blocks(base)
     distributed.broadcast([*adapter, *readout.parameters(), *readout.buffers()], accelerator)
     run = Run(
         config=config,
@@ -297,6 +305,17 @@ def prompt_arguments(config: Config) -> dict[str, Any]:
         **prompt.model_dump(exclude={"template"}),
         "parts": prompt.template.model_dump(),
     }
+
+
+def checkpoint_blocks(base: Base) -> None:
+    """Makes a pass in train mode keep only what enters each block of the base.
+
+    The backward pass computes the rest again (Chen et al. 2016, arXiv 1604.06174), with the same
+    dropout masks. In eval mode nothing changes. `gradient_checkpointing_disable` of the model ends
+    it.
+    """
+    # Not before get_peft_model, which would make the embeddings' output need gradients.
+    base.model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def new_folder(output: Path, config: Config) -> Path:
