@@ -126,11 +126,12 @@ def memory_plan(
         method = plugins.load("methods", config.method.name)(total_steps=1000, **options)
         peft.get_peft_model(base.model, method.config(base.model))
         layer = None if config.training.bottom_cache == "off" else lowest_adapted(base)
-    names, batch, slate_tokens = _largest_pass(config, base, architecture)
+    tokenizer = _tokenizer(config, architecture)
+    names, batch, slate_tokens = _largest_pass(config, base, tokenizer)
     with torch.device("meta"):
         readout = plugins.load("readouts", config.readout.name).build(
             base.hidden_size,
-            base.tokenizer,
+            tokenizer or _NoTokenizer(config.readout.name),
             base.lm_head,
             feature_names=names,
             **config.readout.options,
@@ -299,18 +300,42 @@ def _kept_bytes(config: Config, base: Base, slate_tokens: int | None) -> int:
     return min(limit, slate_tokens * base.hidden_size * base.compute_dtype.itemsize)
 
 
+class _NoTokenizer:
+    """Stands where a readout is given the base's tokenizer, and most look at none."""
+
+    def __init__(self, readout: str) -> None:
+        self.readout = readout
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        raise ConfigError(
+            f"readout {self.readout!r} needs the base's tokenizer, which is not here. Plan with "
+            "readout.name=score_head."
+        )
+
+
+def _tokenizer(config: Config, architecture: Path | None) -> Any:  # noqa: ANN401
+    """Returns the base's tokenizer, None if it is not here."""
+    if architecture is not None:
+        return None
+    try:
+        return load_tokenizer(config.base.name, revision=config.base.revision)[0]
+    except PeftRankError:
+        return None
+
+
 def _largest_pass(
-    config: Config, base: Base, architecture: Path | None
+    config: Config,
+    base: Base,
+    tokenizer: Any,  # noqa: ANN401
 ) -> tuple[tuple[str, ...], Batch, int | None]:
     """Returns the feature names, the largest pass of the first steps, and the slates' tokens.
 
     The tokens are those of all slates that training reads, estimated from the first. Without
     slates the pass has full rows and the tokens are None.
     """
+    if tokenizer is None:
+        return (), _full_rows(config), None
     try:
-        if architecture is not None:
-            raise BaseModelError("no tokenizer")
-        tokenizer, _ = load_tokenizer(config.base.name, revision=config.base.revision)
         slates = read_part(config.data, config.domain, "train")
         names = feature_names(slates, config.data.features)
     except PeftRankError:

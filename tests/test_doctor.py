@@ -159,6 +159,13 @@ def test_the_command_prints_the_machine_and_the_plan(place, given, cli):
     assert cli("doctor", *arguments, "--device", "tpu").code == 2
 
 
+def test_a_readout_that_looks_words_up_is_planned_where_the_tokenizer_is(config, workplace):
+    settings = config(**{"readout": {"name": "yes_no"}})
+    assert memory_plan(settings).measured
+    with pytest.raises(ConfigError, match="readout 'yes_no' needs the base's tokenizer"):
+        memory_plan(settings, architecture=workplace / "base" / "config.json")
+
+
 @pytest.mark.parametrize("readout", ["pooled", "likelihood"])
 def test_a_readout_whose_memory_depends_on_the_texts_is_named(config, readout):
     with pytest.raises(ConfigError, match=rf"readout '{readout}' depends on the texts"):

@@ -206,7 +206,7 @@ def test_the_reference_is_the_base_without_the_adapter(
         for _ in range(3):
             _optimize(run, run.train)
             run.step += 1
-        after = _reference_scores(run, batch)
+        after = _reference_scores(run, batch, None)
         assert {p for p in run.model.parameters() if p.requires_grad} == trained
         with torch.no_grad():
             assert not torch.allclose(run.model(batch), before, atol=1e-3)
