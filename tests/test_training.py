@@ -11,6 +11,7 @@ import sys
 import time
 import types
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -783,3 +784,19 @@ def test_a_terminated_command_says_how_to_continue_and_does(stored_base, make_co
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["metrics"]["steps"] == 400
     assert store.active(tmp_path / "a store", "demo") == Path(result["path"]).name
+
+
+def test_a_clock_that_stands_still_mixes_no_two_runs(
+    tiny_decoder, make_config, tmp_path, monkeypatch
+):
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2026, 1, 1, tzinfo=tz)
+
+    monkeypatch.setattr("peftrank.training.run.datetime", Stopped)
+    for steps in (2, 3):
+        train(make_config(max_steps=steps), output=tmp_path / "out", base=tiny_decoder)
+    logs = (tmp_path / "out" / "demo" / ".runs").glob("*/metrics.jsonl")
+    assert sorted(len(log.read_text().splitlines()) for log in logs) == [2, 3]
+    assert store.versions(tmp_path / "out", "demo") == ("0001", "0002")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -319,9 +320,13 @@ def checkpoint_blocks(base: Base) -> None:
 
 
 def new_folder(output: Path, config: Config) -> Path:
-    """Returns a folder for a new run under the domain's `.runs`, named by time and method."""
+    """Returns a folder for a new run under the domain's `.runs`, named by time and method.
+
+    No two runs get the same, whatever the clock says.
+    """
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
-    return output / config.domain / ".runs" / f"{stamp}-{config.method.name.replace(':', '-')}"
+    method = config.method.name.replace(":", "-")
+    return output / config.domain / ".runs" / f"{stamp}-{method}-{secrets.token_hex(3)}"
 
 
 def snapshot(run: Run) -> Snapshot:
