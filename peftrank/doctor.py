@@ -390,6 +390,7 @@ def _full_rows(config: Config) -> Batch:
         start=place.contiguous(),
         stop=(place + 1).contiguous(),
         before=(place - 1).contiguous(),
+        trunk=torch.zeros(rows, dtype=torch.long),
         mask=torch.ones(rows, candidates, dtype=torch.bool),
         labels=torch.ones(rows, candidates),
         tasks=torch.ones(rows, candidates, len(config.loss.tasks or ())),

@@ -99,7 +99,7 @@ class PromptTree:
 class Batch:
     """Several prompt trees packed into rows, with everything a readout and a loss need.
 
-    Token positions in `end`, `start`, `stop` and `before` index into the row `row`.
+    Token positions in `end`, `start`, `stop`, `before` and `trunk` index into the row `row`.
     """
 
     input_ids: Tensor
@@ -122,6 +122,8 @@ class Batch:
     """(S, N) long; one past the last token of the candidate's own text."""
     before: Tensor
     """(S, N) long; the token that precedes `start` on its path (its parent's last), -1 if none."""
+    trunk: Tensor
+    """(S,) long; the last token of what the slate's first candidate hangs from, -1 if nothing."""
     mask: Tensor
     """(S, N) bool; False where a shorter slate is padded."""
     labels: Tensor | None = None

@@ -79,6 +79,9 @@ def test_every_path_can_be_read_back_from_the_batch(trees, row_tokens):
             assert path[first : first + span.stop - span.start] == list(range(start, stop))
             before = path[first - 1] if first else -1
             assert int(batch.before[s, c]) == before
+        first = depth[tree.candidates[0].segment]
+        path = seen_by(batch, int(batch.row[s, 0]), int(batch.end[s, 0]))
+        assert int(batch.trunk[s]) == (path[first - 1] if first else -1)
 
 
 @settings(max_examples=150, deadline=None)

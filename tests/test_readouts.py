@@ -105,9 +105,32 @@ def test_a_matching_score_head_reads_the_trunk_and_ignores_other_slates(
         states, batch = states_and_batch(tiny_decoder, template, [slate])
         alone = head(states, batch)
         assert torch.allclose(together[s, : len(slate.candidates)], alone[0], atol=1e-5)
-        trunk = int(batch.before[0, 0])
+        trunk = int(batch.trunk[0])
         states[0, trunk] += torch.linspace(-1, 1, states.shape[-1])
         assert not torch.allclose(head(states, batch), alone, atol=1e-3)
+
+
+def test_a_matching_score_head_reads_no_candidate_for_the_trunk(tiny_encoder, make_slate):
+    """An encoder's words before the title see the title."""
+    head = built(ScoreHead, tiny_encoder, match=True)
+    parts = {**PARTS, "candidate": "item {{ title }}"}
+    template = PromptTemplate(tiny_encoder.tokenizer, parts=parts)
+    slate = make_slate(n_candidates=4)
+    turned = replace(slate, candidates=slate.candidates[::-1], labels=None)
+    scores = head(*states_and_batch(tiny_encoder, template, [slate]))
+    torch.testing.assert_close(
+        head(*states_and_batch(tiny_encoder, template, [turned])).flip(1), scores
+    )
+
+
+def test_a_matching_score_head_without_a_trunk_ignores_other_slates(tiny_decoder, make_slate):
+    head = built(ScoreHead, tiny_decoder, match=True)
+    parts = {**PARTS, "preamble": "", "question": ""}
+    template = PromptTemplate(tiny_decoder.tokenizer, parts=parts, history_length=0, chat="off")
+    slates = [make_slate(n_candidates=3, seed=seed) for seed in (1, 2)]
+    together = head(*states_and_batch(tiny_decoder, template, slates))
+    alone = head(*states_and_batch(tiny_decoder, template, slates[:1]))
+    torch.testing.assert_close(together[:1], alone)
 
 
 def test_a_missing_feature_has_a_learned_value(tiny_encoder, make_slate):

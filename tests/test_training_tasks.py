@@ -64,7 +64,7 @@ def made_batch(tasks, mask, **more):
     )
 
 
-_PLACES = "input_ids position_ids segment_ids ancestors row end start stop before".split()
+_PLACES = "input_ids position_ids segment_ids ancestors row end start stop before trunk".split()
 
 
 @pytest.mark.parametrize("uncertainty", [False, True])

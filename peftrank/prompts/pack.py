@@ -24,7 +24,7 @@ from peftrank.prompts.template import PromptTemplate
 from peftrank.prompts.tree import ends, token_count
 from peftrank.types import Batch, PromptTree, Slate
 
-_PLACES = ("row", "end", "start", "stop", "before", "mask")
+_PLACES = ("row", "end", "start", "stop", "before", "trunk", "mask")
 _TIGHTER = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75)
 
 
@@ -337,10 +337,12 @@ def _candidate_tensors(
     shape = (len(trees), max(len(tree.candidates) for tree in trees))
     found = {name: np.zeros(shape, dtype=np.int64) for name in ("row", "end", "start", "stop")}
     found["before"] = np.full(shape, -1, dtype=np.int64)
+    found["trunk"] = np.full(len(trees), -1, dtype=np.int64)
     mask = np.zeros(shape, dtype=np.bool_)
     for r, row in enumerate(rows):
         for s in row.trees:
             mask[s, : len(trees[s].candidates)] = True
+            found["trunk"][s] = _parents_last(trie, row, nodes[s][trees[s].candidates[0].segment])
             for c, (span, end) in enumerate(zip(trees[s].candidates, ends(trees[s]), strict=True)):
                 node, last = nodes[s][span.segment], nodes[s][end]
                 first = int(row.starts[row.place[node]])
@@ -354,8 +356,12 @@ def _candidate_tensors(
 
 def _before(trie: _Trie, row: _Row, node: int, start: int) -> int:
     """Returns the row's token that precedes `start` on the node's path, -1 at a root's start."""
-    if start > row.starts[row.place[node]]:
-        return start - 1
+    inside = start > row.starts[row.place[node]]
+    return start - 1 if inside else _parents_last(trie, row, node)
+
+
+def _parents_last(trie: _Trie, row: _Row, node: int) -> int:
+    """Returns the row's last token of the node's parent, -1 for a root."""
     parent = trie.parent[node]
     if parent < 0:
         return -1

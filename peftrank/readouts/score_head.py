@@ -112,8 +112,10 @@ class ScoreHead(nn.Module):
         candidates = self.norm(candidates.float())  # (S, N, H)
         text = candidates
         if self.match:
-            # The first candidate hangs from the trunk in every mode.
-            trunk = self.norm(states[batch.row[:, :1], batch.before[:, :1]].float())  # (S, 1, H)
+            # Without a trunk, zeros: at -1 stands a token of another slate.
+            known = (batch.trunk >= 0)[:, None, None]
+            found = states[batch.row[:, :1], batch.trunk[:, None].clamp_min(0)].float()
+            trunk = self.norm(found.masked_fill(~known, 0.0))  # (S, 1, H)
             text = torch.cat([candidates, trunk.expand_as(candidates), candidates * trunk], dim=-1)
         scores = self.text(text).squeeze(-1)
         if self.n_features:
