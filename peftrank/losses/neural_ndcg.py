@@ -65,4 +65,5 @@ def _smooth_sort(scores: Tensor, mask: Tensor, temperature: float, iterations: i
         log_sort = log_sort - torch.logsumexp(log_sort, dim=-1, keepdim=True)
     sort = log_sort.exp().masked_fill(~real, 0.0)
     # Rows now sum to 1, columns nearly: no candidate may count more than once, or nDCG exceeds 1.
-    return sort / sort.sum(dim=-2, keepdim=True).clamp_min(1.0)
+    # The bound is no part of the sort: its gradient would jump with the last bit of a sum.
+    return sort / sort.sum(dim=-2, keepdim=True).detach().clamp_min(1.0)
