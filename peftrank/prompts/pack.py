@@ -335,7 +335,9 @@ def _candidate_tensors(
     rows: Sequence[_Row],
 ) -> dict[str, Tensor]:
     shape = (len(trees), max(len(tree.candidates) for tree in trees))
-    found = {name: np.zeros(shape, dtype=np.int64) for name in ("row", "end", "start", "stop")}
+    found: dict[str, np.ndarray] = {
+        name: np.zeros(shape, dtype=np.int64) for name in ("row", "end", "start", "stop")
+    }
     found["before"] = np.full(shape, -1, dtype=np.int64)
     found["trunk"] = np.full(len(trees), -1, dtype=np.int64)
     mask = np.zeros(shape, dtype=np.bool_)
