@@ -1,6 +1,5 @@
 """`peftrank serve` as a process: how it starts, how it ends, and what it says when it cannot."""
 
-import contextlib
 import http.client
 import json
 import logging
@@ -143,22 +142,28 @@ def test_requests_that_outlast_the_grace_are_answered_503(run):
 
 
 @pytest.mark.slow
-def test_a_stop_resets_no_connection(run):
+def test_a_stop_resets_no_connection_but_one_that_comes_as_the_port_closes(run):
+    """Between the last look at the port and its end the kernel may let one more in to wait."""
     process = run("--drain-seconds", 0.3)
     process.until_ready()
 
     def ask():
         seen = set()
-        with contextlib.suppress(ConnectionRefusedError):
+        try:
             while True:
                 seen.add(process.call("POST", "/v1/rank", {"slate": SLATE})[0])
-        return seen
+        except ConnectionRefusedError:
+            return seen, 0
+        except ConnectionResetError:
+            return seen, 1
 
     with ThreadPoolExecutor(12) as pool:
         asking = [pool.submit(ask) for _ in range(12)]
         time.sleep(1)
         assert process.end() == 0
-        assert set().union(*(one.result() for one in asking)) == {200, 503}
+        answers, resets = zip(*(one.result() for one in asking), strict=True)
+    assert set().union(*answers) == {200, 503}
+    assert sum(resets) <= 1
 
 
 @pytest.mark.slow
