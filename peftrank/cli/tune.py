@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 def command(
     domain: options.Domain = None,
-    method: Annotated[str | None, typer.Option(help="lora, adalora, adapter or ia3.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="lora, adalora, adapter, ia3, or peft:NAME.")
+    ] = None,
     config: options.ConfigFile = None,
     base: options.Base = None,
     data: options.Data = None,
