@@ -34,6 +34,7 @@ DOMAIN_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 """A domain names a folder of the store, so it holds no dot and no separator."""
 PARTS = ("preamble", "history", "question", "candidate", "answer")
 _Beta = Annotated[float, Field(ge=0, lt=1)]
+_Probability = Annotated[float, Field(gt=0, lt=1)]
 _LARGEST_INT = 2**63 - 1
 _TEXT = "tag:yaml.org,2002:str"
 
@@ -174,6 +175,10 @@ class TrainingConfig(_Section):
     """Slates per optimizer step, over all processes."""
     slates_per_user: int = Field(4, ge=1)
     """Up to so many successive slates of a user stay in one batch and share their history."""
+    shuffle_candidates: bool = False
+    """Give every list another order of its candidates in each epoch, for `prompt.mode: joint`."""
+    field_dropout: dict[str, _Probability] = Field(default_factory=dict)
+    """By item field, how likely it is left out of an item in training: `{brand: 0.3}`."""
     micro_tokens: int = Field(4096, ge=16)
     """Tokens per forward pass; smaller uses less memory and gives the same gradients."""
     learning_rate: float | None = Field(None, gt=0)

@@ -89,6 +89,11 @@ class PromptTemplate:
         self._forbidden = _control_ids(tokenizer)
         self._marker = self._marker_tokens()
 
+    @property
+    def candidate_fields(self) -> frozenset[str]:
+        """The item fields that the candidate part uses."""
+        return self._compiled["candidate"].uses.intersection(self.fields)
+
     def describe(self) -> dict[str, Any]:
         """Returns JSON values that, passed as `**described` with a tokenizer, rebuild it."""
         return {

@@ -33,6 +33,7 @@ from peftrank.prompts import (
     token_count,
 )
 from peftrank.training import distributed
+from peftrank.training.augment import check_augmentation
 from peftrank.training.bottom import Bottom, bottoms
 from peftrank.training.data import (
     feature_names,
@@ -105,9 +106,18 @@ class Run:
         """Of the training and validation slates."""
         return fingerprint([*self.train, *self.valid])
 
+    @cached_property
+    def _lasting(self) -> frozenset[int]:
+        return frozenset(id(slate) for slate in (*self.train, *self.valid))
+
     def tree(self, slate: Slate) -> PromptTree:
-        """Returns the prompt tree of a slate of `train` or `valid`, made once in a run."""
+        """Returns the prompt tree of a slate; of those in `train` or `valid`, made once in a run.
+
+        Slates that an epoch changes are let go of after their step, and so are their trees.
+        """
         key = id(slate)  # unlike slate ids, no two slates of the run share it
+        if key not in self._lasting:  # another slate may get its id when it is gone
+            return self.template.tree(slate)
         if key not in self.trees:
             self.trees[key] = self.template.tree(slate)
         return self.trees[key]
@@ -181,6 +191,7 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
         turn=str(readout.turn),
         max_depth=base.max_depth,
     )
+    check_augmentation(config, template.candidate_fields)
     if sharding == "zero3":
         distributed.shard_zero3(base, accelerator)
     own = {id(parameter) for parameter in base.model.parameters()}
