@@ -148,7 +148,8 @@ class PromptConfig(_Section):
     item_tokens: int = Field(32, ge=1)
     """Text of one item is cut at this many tokens."""
     max_tokens: int = Field(2048, ge=16)
-    """Budget of one slate's tree; oldest history is left out first, a candidate never."""
+    """Budget of what is read together: in isolated mode the user's part and one candidate, however
+    many there are; else the whole slate. Oldest history is left out first, a candidate never."""
     chat: Literal["auto", "off"] = "auto"
     """auto: wrap in the base's chat template where it has one."""
 
@@ -180,7 +181,8 @@ class TrainingConfig(_Section):
     field_dropout: dict[str, _Probability] = Field(default_factory=dict)
     """By item field, how likely it is left out of an item in training: `{brand: 0.3}`."""
     micro_tokens: int = Field(4096, ge=16)
-    """Tokens per forward pass; smaller uses less memory and gives the same gradients."""
+    """Tokens per forward pass; smaller uses less memory and gives the same gradients. A slate that
+    is longer is one pass too, because its loss needs all its scores."""
     learning_rate: float | None = Field(None, gt=0)
     """Of the adapter; absent: the method's own default."""
     readout_learning_rate: float = Field(1e-3, gt=0)

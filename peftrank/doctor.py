@@ -357,9 +357,8 @@ def _largest_pass(
     ):
         ordered = sorted(chosen, key=lambda s: (s.user_id, len(s.history), s.slate_id))
         trees = [template.tree(slate) for slate in ordered]
-        lengths = [token_count(tree) for tree in trees]
-        seen, tokens = seen + len(trees), tokens + sum(lengths)
-        for group in micro_batches(lengths, training.micro_tokens):
+        seen, tokens = seen + len(trees), tokens + sum(map(token_count, trees))
+        for group in micro_batches(trees, training.micro_tokens):
             part = [ordered[i] for i in group]
             batch = pack(
                 [trees[i] for i in group],

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import threading
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +34,7 @@ from peftrank.peft_files import AdapterFiles
 from peftrank.prompts import (
     PromptTemplate,
     feature_tensor,
+    in_rows,
     micro_batches,
     of_slates,
     pack,
@@ -138,7 +141,8 @@ class Ranker:
         Args:
             base: From `load_base` or `base_from_model`.
             store: Where `load_adapter` looks for a domain's name.
-            micro_tokens: Tokens per forward pass; a single larger slate is a pass of its own.
+            micro_tokens: Tokens per forward pass. A longer slate is scored in several, the user's
+                part in each; one whose candidates see each other is a pass of its own.
             row_tokens: Tokens in a packed row that holds several slates.
             device_bytes: Adapter weights kept on the base's device, beside those in use; None: all.
             host_bytes: Adapter files kept in host memory, for adapters that leave the device to
@@ -375,16 +379,16 @@ class Ranker:
             AdapterError: a domain's scores are not finite.
         """
         order = _packing_order(prepared)
+        parts = [(index, part) for index in order for part in self._parts(prepared[index])]
         passes = micro_batches(
-            [prepared[i].tokens for i in order], self._micro_tokens, row_tokens=self._row_tokens
+            [part.tree for _, part in parts], self._micro_tokens, row_tokens=self._row_tokens
         )
         scores: list[Scores] = [()] * len(prepared)
         for group in passes:
-            chosen = [order[i] for i in group]
-            done = self._score_pass([prepared[i] for i in chosen])
-            for index, values in zip(chosen, done, strict=True):
-                scores[index] = values
-        return scores
+            done = self._score_pass([parts[i][1] for i in group])
+            for i, values in zip(group, done, strict=True):
+                scores[parts[i][0]] += values  # parts of a slate come in order
+        return [_twins_equal(one, values) for one, values in zip(prepared, scores, strict=True)]
 
     def rank_prepared(
         self, prepared: Sequence[Prepared], *, k: int | None = None
@@ -567,8 +571,17 @@ class Ranker:
             )
         return domains[domain]
 
+    def _parts(self, one: Prepared) -> Iterator[Prepared]:
+        """Yields a slate, or of a long one parts that hold its candidates in turn."""
+        first = 0
+        for tree in in_rows(one.tree, self._row_tokens, most=self._micro_tokens):
+            candidates = one.slate.candidates[first : first + len(tree.candidates)]
+            slate = replace(one.slate, candidates=candidates, labels=None, weights=None, tasks={})
+            yield replace(one, slate=slate, tree=tree, tokens=token_count(tree))
+            first += len(candidates)
+
     def _score_pass(self, prepared: Sequence[Prepared]) -> list[Scores]:
-        """Returns the scores of slates that fit one forward pass."""
+        """Returns the scores of slates, or parts of them, that fit one forward pass."""
         members: dict[tuple[_Domain, Banked | None], list[int]] = {}
         for index, one in enumerate(prepared):
             members.setdefault((one._domain, one._adapter), []).append(index)
@@ -612,9 +625,9 @@ class Ranker:
                 f"domain {domain.name!r} gave NaN or infinite scores in "
                 f"{self.base.identity.compute_dtype}. Load the base with another compute_dtype."
             )
-        rows = _twins_equal(values, own)
         return [
-            tuple(row[: len(slate.candidates)]) for slate, row in zip(slates, rows, strict=True)
+            tuple(row[: len(slate.candidates)])
+            for slate, row in zip(slates, values.tolist(), strict=True)
         ]
 
 
@@ -636,21 +649,21 @@ def ranked(slate: Slate, scores: Scores, k: int | None = None) -> RankedList:
     return RankedList(slate.slate_id, tuple(i for i, _ in best), tuple(s for _, s in best))
 
 
-def _twins_equal(values: Tensor, batch: Batch) -> list[list[float]]:
-    """Returns scores (S, N) in which candidates of a slate with one text and features are equal.
+def _twins_equal(one: Prepared, scores: Scores) -> Scores:
+    """Returns scores in which candidates of a slate with one text and features are equal.
 
-    Such twins share their tokens in the batch, but a matrix product may round each of its rows
+    Such twins are computed alike or once, but a matrix product may round each of its rows
     differently; without this, that rounding and so the input's order would rank them.
     """
-    rows = values.tolist()
-    places = torch.stack([batch.row, batch.end], dim=-1).tolist()
-    features = None if batch.features is None else batch.features.cpu()
-    for s, row in enumerate(rows):
-        first: dict[tuple[Any, ...], int] = {}
-        for n, place in enumerate(places[s]):
-            numbers = b"" if features is None else features[s, n].numpy().tobytes()
-            row[n] = row[first.setdefault((*place, numbers), n)]
-    return rows
+    names = one._domain.feature_names
+    first: dict[tuple[Any, ...], int] = {}
+    equal = []
+    for n, (span, item) in enumerate(zip(one.tree.candidates, one.slate.candidates, strict=True)):
+        segment = one.tree.segments[span.segment]
+        numbers = array("f", [item.features.get(name, math.nan) for name in names]).tobytes()
+        twin = segment.parent, segment.tokens, span.start, span.stop, numbers
+        equal.append(scores[first.setdefault(twin, n)])
+    return tuple(equal)
 
 
 def _turn(readout: nn.Module) -> str:

@@ -42,7 +42,9 @@ from peftrank.formats.recbole import recbole
 from peftrank.formats.slates import read_items, read_slates, slates, write_items, write_slates
 from peftrank.methods._sites import bottleneck_sites, norm_names
 from peftrank.peft_files import ia3_factors, lora_layers, lora_ranks
+from peftrank.prompts import token_count
 from peftrank.prompts.template import MODES, TURNS, PromptTemplate
+from peftrank.prompts.tree import path_tokens
 from peftrank.serving import _schemas, history
 from peftrank.serving.settings import ServeSettings
 from peftrank.training import checkpoint
@@ -941,7 +943,9 @@ def _read_prompt(given: tuple, folder: Path) -> None:
     except TypeError as error:
         raise AdapterError(str(error)) from error
     tree = template.tree(slate)
-    size = sum(len(segment.tokens) for segment in tree.segments)
+    size = token_count(tree)
+    if template.mode == "isolated":
+        size = max(len(path_tokens(tree, span.segment)) for span in tree.candidates)
     if size > template.max_tokens:
         raise AssertionError(f"{size} tokens of {template.max_tokens}")
 

@@ -152,6 +152,10 @@ def test_the_command_prints_the_machine_and_the_plan(place, given, cli):
     done = cli("doctor", *arguments, "--set", "method.layers=all", "--method", "lora")
     assert done.code == 0, done.err
     assert "activations" in done.out
+    assert "One slate is more" not in done.out
+    short = ("--set", "training.micro_tokens=20")
+    done = cli("doctor", *arguments, "--set", "method.layers=all", "--method", "lora", *short)
+    assert "One slate is more than training.micro_tokens=20" in done.out
     done = cli("doctor", *arguments, "--set", "method.layers=all", "--method", "lora", "--json")
     values = json.loads(done.out)
     assert values["memory"]["total"] > values["memory"]["base"]

@@ -9,8 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftrank.errors import DataError
-from peftrank.prompts import PromptTemplate, collate, micro_batches, pack, token_count
-from peftrank.prompts.tree import CandidateTokens, depths, ends, grow, path_tokens
+from peftrank.prompts import (
+    PromptTemplate,
+    collate,
+    in_rows,
+    micro_batches,
+    pack,
+    token_count,
+)
+from peftrank.prompts.tree import CandidateTokens, branches, depths, ends, grow, path_tokens, split
 from peftrank.types import Item
 
 PAD, MARK = 99, 98
@@ -89,22 +96,40 @@ def test_every_path_can_be_read_back_from_the_batch(trees, row_tokens):
 def test_no_token_is_lost_or_stored_twice_in_a_row(trees, row_tokens):
     batch = pack(trees, pad_token_id=PAD, row_tokens=row_tokens)
     real = batch.segment_ids >= 0
-    assert int(real.sum()) <= sum(token_count(tree) for tree in trees)
+    assert int(real.sum()) <= sum(
+        token_count(tree) + branches(tree)[0] * (len(rows_of(batch, s)) - 1)
+        for s, tree in enumerate(trees)
+    )
     assert bool((batch.input_ids[~real] == PAD).all())
     assert bool((batch.position_ids[~real] == 0).all())
     assert batch.input_ids.shape[1] <= max(row_tokens, *(token_count(tree) for tree in trees))
     for row in range(batch.input_ids.shape[0]):
-        members = [s for s in range(len(trees)) if int(batch.row[s, 0]) == row]
         paths = {
-            (path_tokens(trees[s], i), split, s if i in trees[s].markers else None)
-            for s in members
-            for i, split in enumerate(_splits(trees[s]))
+            (path_tokens(trees[s], i), divided, s if i in trees[s].markers else None)
+            for s in range(len(trees))
+            for i, divided in enumerate(_divisions(trees[s]))
+            if i in _held(trees[s], batch.row[s], row)
         }
         assert int(batch.segment_ids[row].max()) + 1 == len(paths)
         assert bool(real[row, : int(real[row].sum())].all())
 
 
-def _splits(tree):
+def rows_of(batch, s):
+    """The rows in which a slate's candidates lie."""
+    return set(batch.row[s][batch.mask[s]].tolist())
+
+
+def _held(tree, rows, row):
+    """The segments of a tree that a row must hold: those on the paths of the candidates in it."""
+    held = set()
+    for end, place in zip(ends(tree), rows.tolist(), strict=False):
+        while place == row and end >= 0:
+            held.add(end)
+            end = tree.segments[end].parent
+    return held
+
+
+def _divisions(tree):
     """How each segment's path is divided into segments, which tells nodes of equal text apart."""
     found = []
     for segment in tree.segments:
@@ -139,8 +164,7 @@ def test_markers_see_all_markers_of_their_own_slate_and_no_other(trees, row_toke
 @settings(max_examples=150, deadline=None)
 @given(_trees, st.integers(4, 60), st.integers(4, 30))
 def test_micro_batches_keep_to_their_size_and_to_the_order(trees, micro_tokens, row_tokens):
-    lengths = [token_count(tree) for tree in trees]
-    groups = micro_batches(lengths, micro_tokens, row_tokens=row_tokens)
+    groups = micro_batches(trees, micro_tokens, row_tokens=row_tokens)
     assert [index for group in groups for index in group] == list(range(len(trees)))
     for group in groups:
         batch = pack([trees[i] for i in group], pad_token_id=PAD, row_tokens=row_tokens)
@@ -154,10 +178,9 @@ def test_sharing_never_makes_a_micro_batch_larger():
         _isolated((1, 0, 1, 0), (0, 0), (1, 2, 1, 2, 2), (0, 0, 0), trunk=3),
         _isolated((1, 1, 1, 1, 0, 2), (0,), trunk=0),
     ]
-    lengths = [token_count(tree) for tree in trees]
     for row_tokens in range(6, 40):
         for micro_tokens in range(16, 60):
-            for group in micro_batches(lengths, micro_tokens, row_tokens=row_tokens):
+            for group in micro_batches(trees, micro_tokens, row_tokens=row_tokens):
                 members = [trees[i] for i in group]
                 batch = pack(members, pad_token_id=PAD, row_tokens=row_tokens)
                 assert batch.input_ids.numel() <= micro_tokens or len(group) == 1
@@ -169,10 +192,80 @@ def _isolated(*segments, trunk=1):
 
 
 def test_micro_batches_are_filled():
-    assert micro_batches([10] * 6, 30, row_tokens=30) == [[0, 1, 2], [3, 4, 5]]
-    assert micro_batches([10, 50, 10], 30) == [[0], [1], [2]]
+    def trees(*lengths):
+        return [_isolated((7,) * n, trunk=0) for n in lengths]
+
+    assert micro_batches(trees(*[10] * 6), 30, row_tokens=30) == [[0, 1, 2], [3, 4, 5]]
+    assert micro_batches(trees(10, 50, 10), 30) == [[0], [1], [2]]
     assert micro_batches([], 30) == []
-    assert len(micro_batches([350] * 64, 4096)) == math.ceil(64 / 11)
+    assert len(micro_batches(trees(*[350] * 64), 4096)) == math.ceil(64 / 11)
+
+
+_long = st.builds(
+    lambda trunk, leaves: grow("s", trunk, leaves, mode="isolated"),
+    st.lists(_tokens, max_size=3),
+    st.lists(_leaf(), min_size=1, max_size=60),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(_long, st.integers(4, 40))
+def test_a_split_tree_holds_every_candidate_with_its_path_once(tree, most):
+    parts = split(tree, most)
+    found = [(part, span) for part in parts for span in part.candidates]
+    assert len(found) == len(tree.candidates)
+    for (part, span), expected in zip(found, tree.candidates, strict=True):
+        assert path_tokens(part, span.segment) == path_tokens(tree, expected.segment)
+        assert (span.start, span.stop) == (expected.start, expected.stop)
+    assert all(token_count(part) <= most or len(part.candidates) == 1 for part in parts)
+    # As few as filling one after the other would give.
+    leaves = [len(tree.segments[span.segment].tokens) for span in tree.candidates]
+    trunk = token_count(tree) - sum(leaves)
+    filled = [0]
+    for leaf in leaves:
+        if filled[-1] and trunk + filled[-1] + leaf > most:
+            filled.append(0)
+        filled[-1] += leaf
+    assert len(parts) <= len(filled)
+
+
+@settings(max_examples=200, deadline=None)
+@given(_long, st.integers(4, 80), st.integers(4, 40))
+def test_the_parts_of_a_long_list_keep_to_the_size_of_a_pass(tree, most, row_tokens):
+    parts = in_rows(tree, row_tokens, most=most)
+    assert sum(len(part.candidates) for part in parts) == len(tree.candidates)
+    for part in parts:
+        batch = pack([part], pad_token_id=PAD, row_tokens=row_tokens)
+        size = max(most, 2 * branches(tree)[0])
+        assert batch.input_ids.numel() <= size or len(part.candidates) == 1
+        assert in_rows(part, row_tokens) == [part]
+
+
+def test_a_list_of_500_is_laid_in_equal_rows_a_few_trunks_long():
+    tree = _isolated((1,) * 100, *[(n,) * 10 for n in range(500)])
+    batch = pack([tree], pad_token_id=PAD, row_tokens=200)
+    assert batch.input_ids.shape == (25, 300)
+    assert batch.mask.sum() == 500
+    assert [len(part.candidates) for part in in_rows(tree, 200, most=210)] == [11] * 45 + [5]
+    one_more = _isolated((1,) * 100, *[(n,) * 10 for n in range(21 + 20 + 20)], trunk=1)
+    assert pack([one_more], pad_token_id=PAD, row_tokens=200).input_ids.shape == (4, 260)
+
+
+def test_the_trunk_of_a_list_in_rows_is_that_of_its_first_candidate():
+    short = _isolated((3, 4), trunk=0)
+    long = _isolated((5,) * 4, *[(n,) * 12 for n in range(6)])
+    batch = pack([short, long], pad_token_id=PAD, row_tokens=30)
+    assert [len(rows_of(batch, s)) for s in (0, 1)] == [1, 3]
+    assert batch.row[:, 0].tolist() == [0, 0]
+    assert batch.trunk.tolist() == [-1, 5]
+
+
+@pytest.mark.parametrize("mode", ["joint", "set"])
+def test_candidates_that_see_each_other_stay_in_one_row(mode):
+    leaves = [CandidateTokens((n,) * 10, 0, 1) for n in range(100)]
+    tree = grow("s", [(1, 2)], leaves, mode=mode, marker=(MARK,))
+    assert in_rows(tree, 100, most=100) == [tree]
+    assert pack([tree], pad_token_id=PAD, row_tokens=100).input_ids.shape[0] == 1
 
 
 @pytest.fixture

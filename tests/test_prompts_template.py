@@ -382,31 +382,55 @@ def test_a_wrong_option_is_an_error(tokenizer, options, named):
         build(tokenizer, **options)
 
 
-def test_oldest_history_goes_first_and_the_budget_is_exact(tokenizer, make_slate):
+@pytest.mark.parametrize("mode", ["isolated", "set", "joint"])
+def test_oldest_history_goes_first_and_the_budget_is_exact(tokenizer, make_slate, mode):
     titles = ("amber " * n for n in (1, 5, 2, 9, 3, 4))
     history = tuple(Item(f"h{n}", {"title": title}) for n, title in enumerate(titles))
     slate = replace(make_slate(n_candidates=3), history=history)
-    full = build(tokenizer).tree(slate)
+    full = build(tokenizer, mode=mode).tree(slate)
     history = full.segments[1:7]
     for kept in range(7):
         gone = sum(len(s.tokens) for s in history[: 6 - kept])
-        budget = token_count(full) - gone
-        tree = build(tokenizer, max_tokens=budget).tree(slate)
-        assert token_count(tree) == budget
+        budget = read_together(full, mode) - gone
+        tree = build(tokenizer, mode=mode, max_tokens=budget).tree(slate)
+        assert read_together(tree, mode) == budget
         assert [s.tokens for s in tree.segments[1 : 1 + kept]] == [
             s.tokens for s in history[6 - kept :]
         ]
         if kept:
-            smaller = build(tokenizer, max_tokens=budget - 1).tree(slate)
+            smaller = build(tokenizer, mode=mode, max_tokens=budget - 1).tree(slate)
             assert len(smaller.segments) == len(tree.segments) - 1
 
 
-def test_a_tree_that_cannot_fit_is_an_error_with_the_ways_out(tokenizer, make_slate):
+def read_together(tree, mode):
+    """The tokens that prompt.max_tokens bounds."""
+    if mode == "isolated":
+        return max(len(path_tokens(tree, end)) for end in ends(tree))
+    return token_count(tree)
+
+
+@pytest.mark.parametrize("mode", ["isolated", "set", "joint"])
+def test_a_tree_that_cannot_fit_is_an_error_with_the_ways_out(tokenizer, make_slate, mode):
     slate = make_slate(n_history=2, n_candidates=3)
-    bare = token_count(build(tokenizer, history_length=0).tree(slate))
-    build(tokenizer, max_tokens=bare).tree(slate)
-    with pytest.raises(DataError, match=rf"'s0' takes {bare} tokens.*max_tokens.*item_tokens"):
-        build(tokenizer, max_tokens=bare - 1).tree(slate)
+    bare = read_together(build(tokenizer, mode=mode, history_length=0).tree(slate), mode)
+    build(tokenizer, mode=mode, max_tokens=bare).tree(slate)
+    with pytest.raises(DataError, match=rf"'s0' takes {bare} tokens.*item_tokens") as error:
+        build(tokenizer, mode=mode, max_tokens=bare - 1).tree(slate)
+    assert ("prompt.mode: isolated it may have any length" in str(error.value)) == (
+        mode != "isolated"
+    )
+
+
+def test_an_isolated_list_may_be_of_any_length_and_keeps_its_history(tokenizer, make_slate):
+    template = build(tokenizer, max_tokens=200)
+    one, many = (make_slate(n_history=3, n_candidates=n) for n in (1, 500))
+    assert template.history_read(one) == template.history_read(many) == (0, 1, 2)
+    assert len(template.tree(many).candidates) == 500
+
+
+def test_a_history_of_500_items_is_read_if_the_budget_allows_it(tokenizer, make_slate):
+    template = build(tokenizer, history_length=500, max_tokens=10**5)
+    assert len(template.history_read(make_slate(n_history=500))) == 500
 
 
 @pytest.mark.parametrize("mode", ["isolated", "joint", "set"])

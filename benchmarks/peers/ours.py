@@ -91,8 +91,7 @@ def score_head(setting: Setting) -> nn.Module:
 def _passes(setting: Setting, trees: list[PromptTree], packing: bool) -> Iterator[Batch]:
     order = sorted(range(len(trees)), key=lambda i: -token_count(trees[i]))
     room = 512 if packing else 1
-    lengths = [token_count(trees[i]) for i in order]
-    for group in micro_batches(lengths, setting.micro_tokens, row_tokens=room):
+    for group in micro_batches([trees[i] for i in order], setting.micro_tokens, row_tokens=room):
         chosen = [order[i] for i in group]
         batch = pack(
             [trees[i] for i in chosen],

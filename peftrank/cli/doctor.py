@@ -60,7 +60,7 @@ def command(
         return
     _show_machine(found)
     if plan is not None:
-        _show_plan(plan, found)
+        _show_plan(plan, found, settings.training.micro_tokens)
 
 
 def _show_machine(found: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ def _show_machine(found: dict[str, Any]) -> None:
         typer.echo(f"  not installed: pip install 'peftrank[{','.join(missing)}]'")
 
 
-def _show_plan(plan: MemoryPlan, found: dict[str, Any]) -> None:
+def _show_plan(plan: MemoryPlan, found: dict[str, Any], micro_tokens: int) -> None:
     source = "the largest of the first steps" if plan.measured else "full rows"
     typer.echo(
         f"\nMemory of a training process, MiB (a pass of {plan.rows} x {plan.tokens} tokens, "
@@ -85,6 +85,12 @@ def _show_plan(plan: MemoryPlan, found: dict[str, Any]) -> None:
     for name, size in plan.as_json().items():
         if name not in ("rows", "tokens", "measured") and size:
             typer.echo(f"  {name:12} {size / 2**20:8,.0f}")
+    if plan.measured and plan.rows * plan.tokens > micro_tokens:
+        typer.echo(
+            f"  One slate is more than training.micro_tokens={micro_tokens}, and its loss needs "
+            "all its scores. Fewer candidates in a slate take less, or "
+            "training.gradient_checkpointing=true."
+        )
     memory = found["memory_bytes"]
     if found["device"] == "cpu" and memory is not None and plan.total > 0.9 * memory:
         typer.echo("  This machine has less. Lower training.micro_tokens or method.layers.")

@@ -3,6 +3,7 @@
 from peftrank.prompts.pack import (
     collate,
     feature_tensor,
+    in_rows,
     micro_batches,
     of_slates,
     pack,
@@ -15,6 +16,7 @@ __all__ = [
     "PromptTemplate",
     "collate",
     "feature_tensor",
+    "in_rows",
     "micro_batches",
     "of_slates",
     "pack",

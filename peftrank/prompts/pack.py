@@ -3,8 +3,9 @@
 All trees of a batch form one trie, whose nodes are segments: equal tokens under an equal parent are
 one node. A row is a set of nodes that holds, with each tree, the tree's whole path. So slates share
 their preamble in a row, and lists shown to one user share the history. Markers see the rest of
-their own slate, so they are never shared between slates. It knows no text but through `collate`,
-and no model.
+their own slate, so they are never shared between slates. A long list of candidates that do not see
+each other lies in several rows, with the trunk in each. It knows no text but through `collate`, and
+no model.
 
 Relatives: Prefix Grouper (arXiv 2506.05433), Tree Training (arXiv 2511.00413).
 """
@@ -21,11 +22,14 @@ from torch import Tensor
 
 from peftrank.errors import DataError
 from peftrank.prompts.template import PromptTemplate
-from peftrank.prompts.tree import ends, token_count
+from peftrank.prompts.tree import branches, ends, split, token_count
 from peftrank.types import Batch, PromptTree, Slate
 
 _PLACES = ("row", "end", "start", "stop", "before", "trunk", "mask")
 _TIGHTER = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75)
+_TRUNKS = 3
+"""A long list's rows are so many trunks long, if `row_tokens` is less: longer ones repeat the trunk
+less often, shorter ones attend to less."""
 
 
 def collate(
@@ -71,7 +75,7 @@ def pack(
     """Returns trees packed into rows; what a candidate sees is its own path, whatever lies beside.
 
     Trees keep their order in the batch; which row each goes to depends on the trees alone. Rows are
-    as long as the longest tree where that exceeds `row_tokens`.
+    as long as the longest tree where that exceeds `row_tokens`, but see `in_rows`.
 
     Args:
         trees: At least one.
@@ -91,17 +95,20 @@ def pack(
     if not trees:
         raise DataError("no slates to pack; expected at least one")
     trie = _Trie()
-    group = [0] * len(trees) if groups is None else list(groups)
-    nodes = [trie.add(tree, g, s) for s, (tree, g) in enumerate(zip(trees, group, strict=True))]
+    divided = [in_rows(tree, row_tokens) for tree in trees]
+    parts = list(chain.from_iterable(divided))
+    slate = [s for s, own in enumerate(divided) for _ in own]
+    group = [0 if groups is None else groups[s] for s in slate]
+    nodes = [trie.add(part, g, s) for part, g, s in zip(parts, group, slate, strict=True)]
     plan = [
-        sorted(members, key=group.__getitem__) for members in _plan(trie, trees, nodes, row_tokens)
+        sorted(members, key=group.__getitem__) for members in _plan(trie, parts, nodes, row_tokens)
     ]
     plan.sort(key=lambda members: group[members[0]])  # few, long spans
     rows = [_row(trie, nodes, members) for members in plan]
     return Batch(
-        **_token_tensors(trie, trees, nodes, rows, pad_token_id),
+        **_token_tensors(trie, parts, nodes, rows, pad_token_id),
         spans=() if groups is None else _spans(trie, rows),
-        **_candidate_tensors(trie, trees, nodes, rows),
+        **_candidate_tensors(trie, parts, slate, nodes, rows),
         labels=_labels(trees, labels),
         weights=_weights(trees, weights),
         tasks=tasks,
@@ -130,8 +137,32 @@ def of_slates(batch: Batch, indices: Sequence[int], features: Tensor | None = No
     )
 
 
+def in_rows(
+    tree: PromptTree, row_tokens: int = 512, *, most: int | None = None
+) -> list[PromptTree]:
+    """Returns the tree, or trees that hold its candidates in turn, for as many rows.
+
+    Candidates that see each other stay in one row, however long.
+
+    Args:
+        tree: What to lay in rows.
+        row_tokens: The same as given to `pack`. A tree of less than two rows is laid in one.
+        most: Tokens that a part may have at most, if that is less; twice the trunk where that is
+            longer, lest the trunk be most of the work.
+    """
+    size = token_count(tree)
+    if size <= min(2 * row_tokens, size if most is None else most):
+        return [tree]
+    trunk, _ = branches(tree)
+    row = max(row_tokens, _TRUNKS * trunk)
+    limit = 2 * row
+    if most is not None:
+        row, limit = min(row, max(most, 2 * trunk)), min(limit, most)
+    return split(tree, row) if size > limit else [tree]
+
+
 def micro_batches(
-    lengths: Sequence[int], micro_tokens: int, *, row_tokens: int = 512
+    trees: Sequence[PromptTree], micro_tokens: int, *, row_tokens: int = 512
 ) -> list[list[int]]:
     """Returns successive groups of tree indices, each of which packs into `micro_tokens` or less.
 
@@ -139,25 +170,33 @@ def micro_batches(
     makes it smaller. A tree larger than `micro_tokens` is a group of its own.
 
     Args:
-        lengths: `token_count` of each tree.
+        trees: In the order in which they are read.
         micro_tokens: Tokens per forward pass.
         row_tokens: The same as given to `pack`.
     """
     groups: list[list[int]] = []
     fill: list[int] = []
-    for index, length in enumerate(lengths):
-        grown = list(fill)
-        row = _first_fit(fill, [length] * len(fill), length, row_tokens)
-        if row == len(grown):
-            grown.append(0)
-        grown[row] += length
+    for index, tree in enumerate(trees):
+        lengths = [token_count(part) for part in in_rows(tree, row_tokens)]
+        grown = _filled(fill, lengths, row_tokens)
         if groups and len(grown) * max(grown) <= micro_tokens:
             groups[-1].append(index)
             fill = grown
         else:
             groups.append([index])
-            fill = [length]
+            fill = _filled([], lengths, row_tokens)
     return groups
+
+
+def _filled(fill: Sequence[int], lengths: Sequence[int], row_tokens: int) -> list[int]:
+    """Returns the tokens in each row once trees that share nothing are added."""
+    grown = list(fill)
+    for length in lengths:
+        row = _first_fit(grown, [length] * len(grown), length, row_tokens)
+        if row == len(grown):
+            grown.append(0)
+        grown[row] += length
+    return grown
 
 
 @dataclass
@@ -330,23 +369,32 @@ def _spans(trie: _Trie, rows: Sequence[_Row]) -> tuple[tuple[int, int, int], ...
 
 def _candidate_tensors(
     trie: _Trie,
-    trees: Sequence[PromptTree],
+    parts: Sequence[PromptTree],
+    slate: Sequence[int],
     nodes: Sequence[Sequence[int]],
     rows: Sequence[_Row],
 ) -> dict[str, Tensor]:
-    shape = (len(trees), max(len(tree.candidates) for tree in trees))
+    """Returns where candidates lie; `slate` says whose each part holds, one slate's in order."""
+    count = [0] * (slate[-1] + 1)
+    before = []
+    for s, part in zip(slate, parts, strict=True):
+        before.append(count[s])
+        count[s] += len(part.candidates)
+    shape = (len(count), max(count))
     found: dict[str, np.ndarray] = {
         name: np.zeros(shape, dtype=np.int64) for name in ("row", "end", "start", "stop")
     }
     found["before"] = np.full(shape, -1, dtype=np.int64)
-    found["trunk"] = np.full(len(trees), -1, dtype=np.int64)
-    mask = np.zeros(shape, dtype=np.bool_)
+    found["trunk"] = np.full(len(count), -1, dtype=np.int64)
+    mask = np.arange(shape[1]) < np.array(count)[:, None]
     for r, row in enumerate(rows):
-        for s in row.trees:
-            mask[s, : len(trees[s].candidates)] = True
-            found["trunk"][s] = _parents_last(trie, row, nodes[s][trees[s].candidates[0].segment])
-            for c, (span, end) in enumerate(zip(trees[s].candidates, ends(trees[s]), strict=True)):
-                node, last = nodes[s][span.segment], nodes[s][end]
+        for p in row.trees:
+            s, part = slate[p], parts[p]
+            if before[p] == 0:
+                found["trunk"][s] = _parents_last(trie, row, nodes[p][part.candidates[0].segment])
+            spans = zip(part.candidates, ends(part), strict=True)
+            for c, (span, end) in enumerate(spans, start=before[p]):
+                node, last = nodes[p][span.segment], nodes[p][end]
                 first = int(row.starts[row.place[node]])
                 found["row"][s, c] = r
                 found["end"][s, c] = row.starts[row.place[last]] + len(trie.tokens[last]) - 1

@@ -66,7 +66,8 @@ class PromptTemplate:
             fields: Item fields the parts may use. One an item lacks is an empty string.
             history_length: At most this many of the newest history items are read.
             item_tokens: An item's own text is cut at this many tokens; the text around it is not.
-            max_tokens: Budget of one tree.
+            max_tokens: Budget of what is read together: in mode `isolated` of a path from the root
+                to a candidate's end, whatever the number of candidates; else of the whole tree.
             chat: `auto`: wrap in the tokenizer's chat template where it has one. `off`: never.
             turn: What the readout needs. `none`: candidates stand in the user's turn. `after`: each
                 is followed by `answer`, the end of the user's turn and the start of the
@@ -111,12 +112,13 @@ class PromptTemplate:
     def tree(self, slate: Slate) -> PromptTree:
         """Returns the slate's prompt tree.
 
-        The oldest history is left out until the tree fits `max_tokens` and its deepest path fits
-        `max_depth`; candidates never are. History items without any text are left out too.
+        The oldest history is left out until what is read together fits `max_tokens` and the
+        deepest path fits `max_depth`; candidates never are. History items without any text are
+        left out too.
 
         Raises:
             DataError: a candidate without text, no candidates, feedback that does not fit the
-                history, or a tree that is too large even without history.
+                history, or too many tokens even without history.
             ConfigError: a part fails on this slate.
         """
         trunk, leaves, _ = self._lay_out(slate)
@@ -285,17 +287,24 @@ class PromptTemplate:
         sizes = [len(leaf.tokens) + len(self._marker) for leaf in leaves]
         total = fixed + sum(sizes)
         deepest = total if self.mode == "joint" else fixed + max(sizes)
-        room = self.max_tokens - total
+        together = deepest if self.mode == "isolated" else total
+        room = self.max_tokens - together
         if self.max_depth is not None:
             room = min(room, self.max_depth - deepest)
         if room < 0:
+            advice = ""
+            if self.mode != "isolated":
+                advice = (
+                    f", or split the candidate list, which is read as a whole in prompt.mode: "
+                    f"{self.mode}; in prompt.mode: isolated it may have any length"
+                )
             raise DataError(
-                f"slate {slate.slate_id!r} takes {total} tokens and {deepest} on its longest path "
-                f"without any history: {fixed} for preamble and question, {sum(sizes)} for "
-                f"{len(sizes)} candidates. Allowed: {self.max_tokens} (prompt.max_tokens) and "
-                f"{self.max_depth or 'any number'} (what the base can read). Raise "
-                "prompt.max_tokens, lower prompt.item_tokens, shorten the template, or split the "
-                "candidate list; prompt.mode: isolated keeps paths short."
+                f"slate {slate.slate_id!r} takes {together} tokens and {deepest} on its longest "
+                f"path without any history: {fixed} for preamble and question, {sum(sizes)} for "
+                f"{len(sizes)} candidates, {max(sizes)} for the longest. Allowed: "
+                f"{self.max_tokens} (prompt.max_tokens) and {self.max_depth or 'any number'} (what "
+                "the base can read). Raise prompt.max_tokens, lower prompt.item_tokens, shorten "
+                f"the template{advice}."
             )
         kept = len(history)
         for tokens in reversed(history):

@@ -6,6 +6,8 @@ It knows neither text nor tensors; only `render`, which shows a tree to a person
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from peftrank.types import CandidateSpan, PromptTree, Segment, Slate
@@ -62,6 +64,86 @@ def ends(tree: PromptTree) -> tuple[int, ...]:
     return tree.markers or tuple(span.segment for span in tree.candidates)
 
 
+class Branch(NamedTuple):
+    """Successive candidates that can be read without the others: candidates[start:stop]."""
+
+    start: int
+    stop: int
+    tokens: int
+    """Beside the trunk's."""
+
+
+def branches(tree: PromptTree) -> tuple[int, list[Branch]]:
+    """Returns the tokens of the trunk, which all candidates share, and the branches on it.
+
+    No candidate sees one of another branch. A tree whose candidates all see each other is one
+    branch, and all trunk.
+    """
+    paths = [_path(tree, end) for end in ends(tree)]
+    starts = [0]
+    if not tree.markers:
+        alone = (i for i in range(1, len(paths)) if tree.candidates[i - 1].segment not in paths[i])
+        starts.extend(alone)
+    bounds = list(pairwise((*starts, len(paths))))
+    held = [set[int]().union(*paths[start:stop]) for start, stop in bounds]
+    trunk = set.intersection(*held)
+
+    def size(segments: set[int]) -> int:
+        return sum(len(tree.segments[index].tokens) for index in segments)
+
+    found = [Branch(*b, size(own - trunk)) for b, own in zip(bounds, held, strict=True)]
+    return size(trunk), found
+
+
+def split(tree: PromptTree, most: int) -> list[PromptTree]:
+    """Returns trees that hold the candidates in turn, each of at most `most` tokens.
+
+    Each repeats the trunk, so that every candidate keeps its path. They are about equally long, for
+    the same reason that rows should be. The trunk with one branch may be longer than `most`.
+    """
+    trunk, found = branches(tree)
+
+    def starts(budget: int) -> list[int]:
+        cuts, fill = [0], trunk
+        for branch in found:
+            if fill + branch.tokens > budget and branch.start > cuts[-1]:
+                cuts.append(branch.start)
+                fill = trunk
+            fill += branch.tokens
+        return cuts
+
+    sizes = [branch.tokens for branch in found]
+    # A part closed under this budget holds at least its equal share, so it takes no more parts.
+    even = trunk + -(-sum(sizes) // len(starts(most))) + max(sizes)
+    cuts = starts(min(most, even))
+    bounds = pairwise((*cuts, len(tree.candidates)))
+    return [tree] if len(cuts) == 1 else [take(tree, *each) for each in bounds]
+
+
+def take(tree: PromptTree, start: int, stop: int) -> PromptTree:
+    """Returns the tree with only the candidates [start:stop], whole branches, and their paths."""
+    kept = sorted(set[int]().union(*(_path(tree, end) for end in ends(tree)[start:stop])))
+    place = {-1: -1} | {old: new for new, old in enumerate(kept)}
+    segments = (tree.segments[index] for index in kept)
+    return replace(
+        tree,
+        segments=tuple(replace(each, parent=place[each.parent]) for each in segments),
+        candidates=tuple(
+            replace(span, segment=place[span.segment]) for span in tree.candidates[start:stop]
+        ),
+        markers=tuple(place[marker] for marker in tree.markers[start:stop]),
+    )
+
+
+def _path(tree: PromptTree, segment: int) -> set[int]:
+    """Returns the segments from a segment to the root, itself included."""
+    found = set()
+    while segment >= 0:
+        found.add(segment)
+        segment = tree.segments[segment].parent
+    return found
+
+
 def token_count(tree: PromptTree) -> int:
     """Returns the tokens of all segments."""
     return sum(len(segment.tokens) for segment in tree.segments)
@@ -107,7 +189,11 @@ def render(template: PromptTemplate, slate: Slate) -> str:
         name = names.get(index, "")
         lines.append(f"{len(segment.tokens):5d}  {' ' * indent[index]}{text!r}{name}")
     total, separate = token_count(tree), separate_token_count(tree)
-    lines.append(f"{total} tokens in the tree, of at most {template.max_tokens}")
+    longest = max(depths(tree)[end] + len(tree.segments[end].tokens) for end in ends(tree))
+    lines.append(
+        f"{total} tokens in the tree, {longest} on its longest path. prompt.max_tokens is "
+        f"{template.max_tokens} for the {'path' if template.mode == 'isolated' else 'tree'}"
+    )
     lines.append(
         f"{separate} tokens if every candidate had a prompt of its own: "
         f"{separate / total:.1f} times as many"

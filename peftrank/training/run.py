@@ -30,7 +30,6 @@ from peftrank.prompts import (
     micro_batches,
     pack,
     task_tensor,
-    token_count,
 )
 from peftrank.training import distributed
 from peftrank.training.augment import check_augmentation
@@ -359,12 +358,12 @@ def put_back(run: Run, state: Snapshot) -> None:
 def passes(run: Run, slates: Sequence[Slate]) -> Iterator[tuple[list[Slate], Batch]]:
     """Yields slates cut into forward passes of at most `micro_tokens`, and the pass's batch.
 
-    One user's slates adjoin, so that they share their history in a row.
+    One user's slates adjoin, so that they share their history in a row. A loss needs all scores of
+    its slate, so a longer slate is one pass too.
     """
     ordered = sorted(slates, key=lambda s: (s.user_id, len(s.history), s.slate_id))
     trees = [run.tree(slate) for slate in ordered]
-    lengths = [token_count(tree) for tree in trees]
-    for group in micro_batches(lengths, run.config.training.micro_tokens):
+    for group in micro_batches(trees, run.config.training.micro_tokens):
         part = [ordered[i] for i in group]
         batch = pack(
             [trees[i] for i in group],
