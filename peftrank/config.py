@@ -166,6 +166,19 @@ class DataConfig(_Section):
     """Candidate features the readout reads. Absent: all that the training slates have; []: none."""
 
 
+class Negatives(_Section):
+    """Which irrelevant candidates a training list has, by epoch (docs/training.md)."""
+
+    schedule: tuple[Literal["uniform", "popularity", "hard"], ...] = Field(
+        ("uniform", "popularity", "hard"), min_length=1
+    )
+    """One for each epoch; the last holds for all that follow."""
+    pool: int = Field(50, ge=1)
+    """Items that the current model scores to find a list's hard ones."""
+    skip: float = Field(0.05, ge=0, lt=1)
+    """The share of a pool, from the top, that may be relevant and is not taken."""
+
+
 class TrainingConfig(_Section):
     """The optimizer, its schedule, and when to evaluate, save and stop."""
 
@@ -176,6 +189,8 @@ class TrainingConfig(_Section):
     """Slates per optimizer step, over all processes."""
     slates_per_user: int = Field(4, ge=1)
     """Up to so many successive slates of a user stay in one batch and share their history."""
+    negatives: Negatives | None = None
+    """Draw the irrelevant candidates of the training lists anew in each epoch. Absent: as given."""
     shuffle_candidates: bool = False
     """Give every list another order of its candidates in each epoch, for `prompt.mode: joint`."""
     field_dropout: dict[str, _Probability] = Field(default_factory=dict)
@@ -462,6 +477,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401
     *sections, last = key.split(".")
     for section in sections:
         child = values.setdefault(section, {})
+        if child is None:  # a section that is absent by default
+            child = values[section] = {}
         if not isinstance(child, dict):
             raise ConfigError(f"--set {key}: {section!r} holds {child!r}, not a section")
         values = child

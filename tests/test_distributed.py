@@ -37,8 +37,10 @@ METHODS = {
     "ia3": ("ia3", {}),
     "pissa": ("lora", {"r": 4, "init": "pissa"}),
     "qlora": ("lora", {"r": 4}),
+    "mined": ("lora", {"r": 4}),
     trained_together.STOPPED: ("lora", {"r": 4}),
 }
+TRAININGS = {"mined": {"negatives": {"schedule": ["uniform", "hard"], "pool": 12}}}
 TRAINED = [name for name in METHODS if name != trained_together.STOPPED]
 ZERO3_METHODS = ("lora", "adalora", "ia3")
 STEPS, VALID = 9, 7
@@ -208,6 +210,7 @@ def place(tokenizer, tmp_path_factory):
                     "eval_steps": STEPS,  # so that the state compared is the last one
                     "checkpoint_steps": 4,
                     "learning_rate": 2e-3,
+                    **TRAININGS.get(name, {}),
                 },
             }
         )

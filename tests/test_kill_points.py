@@ -1,6 +1,6 @@
 """kill -9 at random moments of a training: while it loads, trains, evaluates, saves and publishes.
 
-PEFTRANK_KILLS says how many kills each method gets (2): 23 of them over the ten settings make 230.
+PEFTRANK_KILLS says how many kills each method gets (2): 23 of them over eleven settings make 253.
 """
 
 import multiprocessing
@@ -32,8 +32,12 @@ METHODS = {
     "parallel": ("adapter", {"kind": "parallel", "size": 4, "layernorm": True}),
     "ia3": ("ia3", {}),
     "bottom": ("lora", {"r": 4, "dropout": 0.1, "layers": "top-1"}),
+    "mined": ("lora", {"r": 4, "dropout": 0.1}),
 }
-TRAININGS = {"bottom": {"bottom_cache": "disk"}}
+TRAININGS = {
+    "bottom": {"bottom_cache": "disk"},
+    "mined": {"negatives": {"schedule": ["uniform", "hard"], "pool": 12}},
+}
 BASES = {"qlora": {"quantization": "nf4"}, "ia3": {"compute_dtype": "float32"}}
 pytestmark = pytest.mark.slow
 

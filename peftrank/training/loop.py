@@ -29,8 +29,8 @@ from peftrank.metrics import per_slate
 from peftrank.model import Entering, RankingModel
 from peftrank.readouts.multi_task import RANK
 from peftrank.training import checkpoint, distributed
-from peftrank.training.augment import shuffled, with_fields_dropped
 from peftrank.training.data import step_batches, steps_per_epoch
+from peftrank.training.epochs import as_of_this_epoch
 from peftrank.training.objective import head_scores
 from peftrank.training.progress import Progress
 from peftrank.training.publish import publish
@@ -190,7 +190,7 @@ def _optimize(run: Run, slates: Sequence[Slate]) -> dict[str, float]:
     )
     for group in run.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
-    loss, tokens = _backward(run, _as_of_this_epoch(run, slates))
+    loss, tokens = _backward(run, as_of_this_epoch(run, slates))
     if not math.isfinite(loss):
         raise Diverged(
             f"the loss is {loss} at step {run.step + 1}. Lower training.learning_rate "
@@ -208,18 +208,6 @@ def _optimize(run: Run, slates: Sequence[Slate]) -> dict[str, float]:
         "learning_rate": run.learning_rate * factor,
         "epoch": (run.step + 1) / steps_per_epoch(len(run.train), training.batch_size),
     }
-
-
-def _as_of_this_epoch(run: Run, slates: Sequence[Slate]) -> Sequence[Slate]:
-    """Returns training slates as the current epoch has them."""
-    training, seed = run.config.training, run.config.seed
-    epoch = run.step // steps_per_epoch(len(run.train), training.batch_size)
-    if dropped := training.field_dropout:
-        kept = run.template.candidate_fields.difference(dropped)
-        slates = [with_fields_dropped(s, dropped, kept, seed=seed, epoch=epoch) for s in slates]
-    if training.shuffle_candidates:
-        slates = [shuffled(slate, seed=seed, epoch=epoch) for slate in slates]
-    return slates
 
 
 def _backward(run: Run, slates: Sequence[Slate]) -> tuple[float, float]:

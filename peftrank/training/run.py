@@ -41,6 +41,7 @@ from peftrank.training.data import (
     read_part,
     steps_per_epoch,
 )
+from peftrank.training.negatives import Catalogue, catalogue, check_catalogue, check_negatives
 from peftrank.training.objective import (
     Objective,
     check_tasks,
@@ -97,6 +98,8 @@ class Run:
     """What was logged, one row per step."""
 
     trees: dict[int, PromptTree] = field(default_factory=dict)
+    catalogue: Catalogue | None = None
+    """Where training draws irrelevant candidates."""
     bottoms: dict[str, Bottom] = field(default_factory=dict)
     """By part, what enters the lowest adapted layer; empty if nothing is kept."""
 
@@ -162,6 +165,12 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
     if config.loss.propensity is not None:
         train = with_propensities(train, config.loss.propensity)
     check_weights(minimised, train)
+    features = feature_names(train, config.data.features)
+    found = None
+    if training.negatives is not None:
+        check_negatives(config, features)
+        found = catalogue(train, config.prompt.fields)
+        check_catalogue(found, train, training.negatives)
     sharding = distributed.sharding(
         config.base.quantization, config.method.name, config.method.options
     )
@@ -181,7 +190,6 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
         )
     torch.manual_seed(config.seed)
     base = base or configured_base(config, accelerator.device, sharded=sharding is not None)
-    features = feature_names(train, config.data.features)
     readout = _build_readout(config, base, features, train)
     check_tasks(minimised, readout, train)
     template = PromptTemplate(
@@ -226,6 +234,7 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
         total_steps=total_steps,
         learning_rate=learning_rate,
         folder=broadcast_object_list([folder])[0],  # each process made a name
+        catalogue=found,
     )
     if training.bottom_cache != "off":
         parts = {"train": train, "valid": valid}

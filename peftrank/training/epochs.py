@@ -1,0 +1,86 @@
+"""Training slates as an epoch has them: other negatives, fields left out, another order.
+
+Everything is decided by the seed, the epoch, the slates and, for hard negatives, the weights at the
+step that reads them. Nothing of it is kept, so a resumed run makes it again, as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+
+import torch
+
+from peftrank.training import distributed
+from peftrank.training.augment import shuffled, with_fields_dropped
+from peftrank.training.data import steps_per_epoch
+from peftrank.training.negatives import drawn, hardest, irrelevant, redrawn, stage
+from peftrank.training.run import Run, shared_passes
+from peftrank.types import Item, Slate
+
+
+def as_of_this_epoch(run: Run, slates: Sequence[Slate]) -> Sequence[Slate]:
+    """Returns slates of the training part as the run's current epoch has them."""
+    training, seed = run.config.training, run.config.seed
+    epoch = run.step // steps_per_epoch(len(run.train), training.batch_size)
+    if training.negatives is not None:
+        slates = _with_negatives(run, slates, epoch)
+    if dropped := training.field_dropout:
+        kept = run.template.candidate_fields.difference(dropped)
+        slates = [with_fields_dropped(s, dropped, kept, seed=seed, epoch=epoch) for s in slates]
+    if training.shuffle_candidates:
+        slates = [shuffled(slate, seed=seed, epoch=epoch) for slate in slates]
+    return slates
+
+
+def _with_negatives(run: Run, slates: Sequence[Slate], epoch: int) -> list[Slate]:
+    settings, found = run.config.training.negatives, run.catalogue
+    assert settings is not None
+    assert found is not None
+    counts = [irrelevant(slate) for slate in slates]
+    kind = stage(settings, epoch)
+    sizes = [settings.pool if count else 0 for count in counts] if kind == "hard" else counts
+    chosen = [
+        drawn(
+            slate, found, size, popular=kind == "popularity", seed=run.config.seed, epoch=epoch
+        )
+        for slate, size in zip(slates, sizes, strict=True)
+    ]  # fmt: skip
+    if kind == "hard":
+        scores = _scores(run, slates, chosen)
+        chosen = [
+            hardest(pool, values, count, settings.skip)
+            for pool, values, count in zip(chosen, scores, counts, strict=True)
+        ]
+    return [redrawn(slate, items) for slate, items in zip(slates, chosen, strict=True)]
+
+
+def _scores(
+    run: Run, slates: Sequence[Slate], pools: Sequence[Sequence[Item]]
+) -> list[list[float]]:
+    """Returns the current model's score of every item of each slate's pool.
+
+    A pool is read in lists as long as the slate's own, so that it fits where the slate does; they
+    share the slate's history in a row. The same in all processes.
+    """
+    lists = [
+        replace(slate, candidates=tuple(pool[i : i + len(slate.candidates)]), labels=None,
+                weights=None, tasks={})
+        for slate, pool in zip(slates, pools, strict=True)
+        for i in range(0, len(pool), len(slate.candidates))
+    ]  # fmt: skip
+    if not lists:
+        return [[] for _ in pools]
+    first = accumulate((len(part.candidates) for part in lists), initial=0)
+    place = {id(part): i for part, i in zip(lists, first, strict=False)}
+    flat = [0.0] * sum(map(len, pools))
+    run.model.eval()
+    with torch.no_grad():
+        for group, batch, counts in shared_passes(run, lists):
+            rows = run.model(batch).tolist()
+            for part, row in zip(group, rows, strict=True) if counts else ():
+                start, size = place[id(part)], len(part.candidates)
+                flat[start : start + size] = row[:size]
+    values = iter(distributed.add_up(flat, run.accelerator))
+    return [[next(values) for _ in pool] for pool in pools]
