@@ -7,7 +7,7 @@ were checked against its ordinary forward (tests/test_base.py does so for each).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,14 @@ from peftrank.errors import BaseModelError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+
+class KeysValues(Protocol):
+    """What stands in the place of transformers' cache: attention modules use `update` alone."""
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Returns a block's keys and values (R, K, P + T, D), those known from before first."""
+
 
 DECODERS = ("gemma", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 ENCODERS = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
@@ -88,14 +96,15 @@ def positions(config: PretrainedConfig, position_ids: Tensor) -> Tensor:
 
 
 def layer_masks(
-    config: PretrainedConfig, mask: Tensor, position_ids: Tensor
+    config: PretrainedConfig, mask: Tensor, position_ids: Tensor, past_ids: Tensor | None = None
 ) -> Tensor | dict[str, Tensor]:
     """Returns the mask, or masks by layer type, as the model's forward takes them.
 
     Args:
         config: The model's config.
-        mask: (R, 1, T, T) additive.
+        mask: (R, 1, T, P + T) additive.
         position_ids: (R, T) depths.
+        past_ids: (R, P) depths of the tokens known from before; None: P is 0.
     """
     kind = config.model_type
     window = config.sliding_window if kind in (*_LAYERED_MASKS, "mistral", "phi3") else None
@@ -103,7 +112,8 @@ def layer_masks(
         return mask
     # Transformers uses a 4-D mask as it is, in sliding layers too. Depth differences on a path
     # are token distances, so the window can be applied exactly here.
-    far = position_ids.unsqueeze(2) - position_ids.unsqueeze(1) >= window
+    keys = position_ids if past_ids is None else torch.cat([past_ids, position_ids], dim=1)
+    far = position_ids.unsqueeze(2) - keys.unsqueeze(1) >= window
     near = mask.masked_fill(far.unsqueeze(1), torch.finfo(mask.dtype).min)
     if kind in _LAYERED_MASKS:
         return {"full_attention": mask, "sliding_attention": near}
@@ -137,19 +147,23 @@ def run_blocks(
     *,
     first: int,
     last: int,
+    past_ids: Tensor | None = None,
+    reading: KeysValues | None = None,
 ) -> Tensor:
     """Returns what leaves block `last - 1` when `states` (R, T, H) enter block `first`.
 
     Args:
         model: The causal-LM class of a decoder, or an encoder.
         states: (R, T, H).
-        mask: (R, 1, T, T) additive.
+        mask: (R, 1, T, P + T) additive.
         position_ids: (R, T) depths.
         first: Index of a block.
         last: One past the index of a block; the norm behind the last block is not applied.
+        past_ids: See `layer_masks`.
+        reading: Holds the keys and values of the P tokens known from before; for decoders.
     """
     config, stack = model.config, blocks(model)
-    masks = layer_masks(config, mask, position_ids)
+    masks = layer_masks(config, mask, position_ids, past_ids)
     depth = positions(config, position_ids)
     rotary: dict[str, Any] = {}
     for index in range(first, last):
@@ -165,7 +179,7 @@ def run_blocks(
             attention_mask=own,
             position_ids=depth,
             position_embeddings=rotary[kind],
-            past_key_values=None,
+            past_key_values=reading,
             use_cache=False,
         )
     return states

@@ -16,6 +16,8 @@ from peftrank.types import Batch
 def attention_mask(batch: Batch, *, causal: bool, dtype: torch.dtype) -> Tensor:
     """Returns the additive mask (R, 1, T, T): 0 where row's token i may see token j, else min.
 
+    With P tokens known from before it is (R, 1, T, P + T), and those stand first.
+
     Args:
         batch: Packed prompt trees.
         causal: True for decoders: inside a segment a token sees itself and earlier ones. False for
@@ -28,14 +30,18 @@ def attention_mask(batch: Batch, *, causal: bool, dtype: torch.dtype) -> Tensor:
     group = batch.ancestors.shape[-1]
     real = segment >= 0
     index = segment.clamp(min=0)
+    key = segment if batch.past is None else torch.cat([batch.past.segment_ids, segment], dim=1)
+    known = key.shape[1] - tokens
     seen = batch.ancestors.gather(1, index[:, :, None].expand(rows, tokens, group))
-    seen = seen.gather(2, index[:, None, :].expand(rows, tokens, tokens))
-    seen = seen & real[:, :, None] & real[:, None, :]
+    seen = seen.gather(2, key.clamp(min=0)[:, None, :].expand(rows, tokens, known + tokens))
+    seen = seen & real[:, :, None] & (key >= 0)[:, None, :]
     if causal:
         position = torch.arange(tokens, device=segment.device)
         later = position[None, :] > position[:, None]
-        seen &= ~(later & (segment[:, :, None] == segment[:, None, :]))
+        own = seen[:, :, known:]
+        own &= ~(later & (segment[:, :, None] == segment[:, None, :]))
     # A padding token sees itself: a row of nothing but `min` would become NaN in some kernels.
-    seen |= torch.eye(tokens, dtype=torch.bool, device=segment.device) & ~real[:, :, None]
+    own = seen[:, :, known:]
+    own |= torch.eye(tokens, dtype=torch.bool, device=segment.device) & ~real[:, :, None]
     low, zero = torch.tensor([torch.finfo(dtype).min, 0.0], dtype=dtype, device=segment.device)
     return torch.where(seen, zero, low)[:, None]

@@ -24,6 +24,7 @@ from peftrank import _checkpoints
 from peftrank._architectures import (
     DECODERS,
     POOLED,
+    KeysValues,
     blocks,
     check_architecture,
     embed,
@@ -157,6 +158,36 @@ class Base:
         last = self.num_layers
         states = run_blocks(
             self.model, states, attention_mask, position_ids, first=layer, last=last
+        )
+        return final_norm(self.model, states)
+
+    def states_after(
+        self,
+        reading: KeysValues,
+        past_ids: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+    ) -> Tensor:
+        """Returns the last hidden states (R, T, H) of tokens behind others known from before.
+
+        Args:
+            reading: Holds the keys and values of these, and is shown those of the tokens.
+            past_ids: (R, P) long depths of what is known.
+            input_ids: (R, T) long.
+            attention_mask: (R, 1, T, P + T) additive.
+            position_ids: (R, T) long depths.
+        """
+        _check_mask(attention_mask)
+        states = run_blocks(
+            self.model,
+            embed(self.model, input_ids, position_ids),
+            attention_mask,
+            position_ids,
+            first=0,
+            last=self.num_layers,
+            past_ids=past_ids,
+            reading=reading,
         )
         return final_norm(self.model, states)
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from peftrank._architectures import KeysValues
 from peftrank.attention import attention_mask
 from peftrank.base import Base
 from peftrank.types import Batch
@@ -48,16 +49,22 @@ class RankingModel(nn.Module):
         return heads
 
 
-def hidden_states(base: Base, batch: Batch, entering: Entering | None = None) -> Tensor:
+def hidden_states(
+    base: Base, batch: Batch, entering: Entering | None = None, reading: KeysValues | None = None
+) -> Tensor:
     """Returns the base's last hidden states (R, T, H) of a batch, with the adapters in place.
 
     Args:
         base: The base.
         batch: Packed trees.
         entering: Computed before; the blocks below are then left out.
+        reading: The keys and values of `batch.past`, which a batch that has one needs.
     """
     mask = attention_mask(batch, causal=base.is_decoder, dtype=base.compute_dtype)
     with _precision(base):
+        if batch.past is not None and reading is not None:
+            past_ids = batch.past.position_ids
+            return base.states_after(reading, past_ids, batch.input_ids, mask, batch.position_ids)
         if entering is None:
             return base.hidden_states(batch.input_ids, mask, batch.position_ids)
         return base.states_above(entering.layer, entering.states, mask, batch.position_ids)
@@ -89,4 +96,11 @@ def move(batch: Batch, device: torch.device) -> Batch:
     moved: dict[str, Any] = {
         k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, Tensor)
     }
+    if batch.past is not None:
+        past = batch.past
+        moved["past"] = replace(
+            past,
+            segment_ids=past.segment_ids.to(device),
+            position_ids=past.position_ids.to(device),
+        )
     return replace(batch, **moved)

@@ -31,6 +31,7 @@ from peftrank.base import Base, load_base
 from peftrank.errors import AdapterError, ConfigError, DataError
 from peftrank.model import hidden_states, move, read
 from peftrank.peft_files import AdapterFiles
+from peftrank.prefixes import Prefix, Prefixes, Reading, token_length
 from peftrank.prompts import (
     PromptTemplate,
     feature_tensor,
@@ -135,6 +136,7 @@ class Ranker:
         row_tokens: int = 512,
         device_bytes: int | None = None,
         host_bytes: int | None = 0,
+        prefix_bytes: int = 0,
     ):
         """Wraps a loaded base. Nothing in it is changed.
 
@@ -147,6 +149,9 @@ class Ranker:
             device_bytes: Adapter weights kept on the base's device, beside those in use; None: all.
             host_bytes: Adapter files kept in host memory, for adapters that leave the device to
                 come back without the disk; None: all. Nothing is gained while all stay there.
+            prefix_bytes: Keys and values of prompts' beginnings kept on the base's device, so that
+                a user's next slates pay for what is new; 0: none. Scores stay the same but for
+                rounding. A base that is an encoder keeps none.
         """
         self.base = base
         self.store = Path(store)
@@ -157,6 +162,7 @@ class Ranker:
         """Domains that were ranked without their adapter, and what did it."""
         self._device: Tier[Banked] = Tier(device_bytes)
         self._host: Tier[AdapterFiles] = Tier(host_bytes)
+        self._prefixes = Prefixes(prefix_bytes) if prefix_bytes and base.is_decoder else None
         self._writing = threading.Lock()
 
     @classmethod
@@ -186,11 +192,12 @@ class Ranker:
         return {name: self._info(found) for name, found in self._domains.items()}
 
     def memory(self) -> dict[str, int]:
-        """Returns bytes: of the base, and of the adapters kept on its device and in host memory."""
+        """Returns bytes of the base, its adapters by where they are kept, and kept prefixes."""
         return {
             "base_bytes": int(self.base.model.get_memory_footprint()),
             "device_bytes": self._device.nbytes,
             "host_bytes": self._host.nbytes,
+            "prefix_bytes": 0 if self._prefixes is None else self._prefixes.nbytes,
         }
 
     def load_adapter(
@@ -381,7 +388,10 @@ class Ranker:
         order = _packing_order(prepared)
         parts = [(index, part) for index in order for part in self._parts(prepared[index])]
         passes = micro_batches(
-            [part.tree for _, part in parts], self._micro_tokens, row_tokens=self._row_tokens
+            [part.tree for _, part in parts],
+            self._micro_tokens,
+            row_tokens=self._row_tokens,
+            known=[token_length(self._known(part)) for _, part in parts],
         )
         scores: list[Scores] = [()] * len(prepared)
         for group in passes:
@@ -543,6 +553,8 @@ class Ranker:
     def _forget(self, domain: _Domain) -> None:
         self._device.drop(domain)
         self._host.drop(domain)
+        if self._prefixes is not None:
+            self._prefixes.forget(domain)
         if self._plain.get(domain.name, (None,))[0] is domain:
             self._plain.pop(domain.name, None)
 
@@ -580,8 +592,18 @@ class Ranker:
             yield replace(one, slate=slate, tree=tree, tokens=token_count(tree))
             first += len(candidates)
 
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens that were not computed because their keys and values were kept."""
+        return 0 if self._prefixes is None else self._prefixes.tokens_reused
+
+    def _known(self, one: Prepared) -> tuple[Prefix, ...]:
+        """Returns what is kept of the beginning of a slate's tree."""
+        return () if self._prefixes is None else self._prefixes.find(_owner(one), one.tree)
+
     def _score_pass(self, prepared: Sequence[Prepared]) -> list[Scores]:
         """Returns the scores of slates, or parts of them, that fit one forward pass."""
+        known = [self._known(one) for one in prepared]
         members: dict[tuple[_Domain, Banked | None], list[int]] = {}
         for index, one in enumerate(prepared):
             members.setdefault((one._domain, one._adapter), []).append(index)
@@ -591,19 +613,25 @@ class Ranker:
             pad_token_id=self.base.pad_token_id,
             row_tokens=self._row_tokens,
             groups=[keys[one._domain, one._adapter] for one in prepared],
+            known=None if self._prefixes is None else [len(found) for found in known],
         )
         batch = move(batch, self.base.device)
+        reading = None if batch.past is None else Reading(batch.past, known)
         adapters = [adapter for _, adapter in keys]
         spans = [(adapters[group], start, stop) for group, start, stop in batch.spans]
         scores: list[Scores] = [()] * len(prepared)
         with torch.inference_mode(), self._bank.using(adapters[0] if len(keys) == 1 else spans):
-            states = hidden_states(self.base, batch)
+            states = hidden_states(self.base, batch, reading=reading)
             for (domain, _), indices in members.items():
                 done = self._read(
                     domain, states, batch, [prepared[i].slate for i in indices], indices
                 )
                 for index, values in zip(indices, done, strict=True):
                     scores[index] = values
+        if self._prefixes is not None and reading is not None:
+            left = reading.left()
+            for one, found, new in zip(prepared, known, left, strict=True):
+                self._prefixes.keep(_owner(one), one.tree, found, new)
         return scores
 
     def _read(
@@ -664,6 +692,11 @@ def _twins_equal(one: Prepared, scores: Scores) -> Scores:
         twin = segment.parent, segment.tokens, span.start, span.stop, numbers
         equal.append(scores[first.setdefault(twin, n)])
     return tuple(equal)
+
+
+def _owner(prepared: Prepared) -> _Domain | None:
+    """Returns whose adapter reads a slate; it may leave the device and come back."""
+    return None if prepared._adapter is None else prepared._domain
 
 
 def _turn(readout: nn.Module) -> str:

@@ -96,6 +96,22 @@ class PromptTree:
 
 
 @dataclass(frozen=True)
+class Past:
+    """What stands on the paths of a batch and was computed in an earlier pass."""
+
+    segment_ids: Tensor
+    """(R, P) long; row-local segment index, as in `Batch.segment_ids`, -1 at padding."""
+    position_ids: Tensor
+    """(R, P) long; depths, 0 at padding."""
+    held: tuple[tuple[tuple[int, int], ...], ...]
+    """Per row, (tree, segment of it) of each known segment, in the order of `segment_ids`."""
+    new: tuple[tuple[int, int, int], ...]
+    """(row, first token, tokens) of each segment of a trunk that is computed now, but the last."""
+    trunks: tuple[tuple[int, ...], ...]
+    """Per tree, which of `new` follow the known segments of its trunk, in order."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """Several prompt trees packed into rows, with everything a readout and a loss need.
 
@@ -139,3 +155,5 @@ class Batch:
     """(group, start, stop): which tokens of the flattened (R * T) rows belong to the trees of a
     group, in order; padding at the end of a row belongs to the group before it. Empty where trees
     were packed as one group."""
+    past: Past | None = None
+    """Segments that are known and so not in `input_ids`; None where none was looked for."""

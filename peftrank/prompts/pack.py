@@ -22,8 +22,8 @@ from torch import Tensor
 
 from peftrank.errors import DataError
 from peftrank.prompts.template import PromptTemplate
-from peftrank.prompts.tree import branches, ends, split, token_count
-from peftrank.types import Batch, PromptTree, Slate
+from peftrank.prompts.tree import branches, ends, last_of_trunk, split, token_count
+from peftrank.types import Batch, Past, PromptTree, Slate
 
 _PLACES = ("row", "end", "start", "stop", "before", "trunk", "mask")
 _TIGHTER = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75)
@@ -71,6 +71,7 @@ def pack(
     tasks: Tensor | None = None,
     features: Tensor | None = None,
     groups: Sequence[int] | None = None,
+    known: Sequence[int] | None = None,
 ) -> Batch:
     """Returns trees packed into rows; what a candidate sees is its own path, whatever lies beside.
 
@@ -88,6 +89,8 @@ def pack(
         features: (S, N, F) float, NaN = missing.
         groups: Per tree a number, where trees of different groups are read with different
             adapters. They then share no tokens, and `spans` says which tokens are whose.
+        known: Per tree, how many of its segments from the root on need not be computed. They go
+            to `past`; never the last of a trunk, where readouts read.
 
     Raises:
         DataError: no trees, or labels or weights that do not fit the candidates.
@@ -99,7 +102,11 @@ def pack(
     parts = list(chain.from_iterable(divided))
     slate = [s for s, own in enumerate(divided) for _ in own]
     group = [0 if groups is None else groups[s] for s in slate]
-    nodes = [trie.add(part, g, s) for part, g, s in zip(parts, group, slate, strict=True)]
+    before = [0 if known is None else known[s] for s in slate]
+    nodes = [
+        trie.add(part, g, s, k)
+        for part, g, s, k in zip(parts, group, slate, before, strict=True)
+    ]
     plan = [
         sorted(members, key=group.__getitem__) for members in _plan(trie, parts, nodes, row_tokens)
     ]
@@ -114,6 +121,7 @@ def pack(
         tasks=tasks,
         features=features,
         slate_ids=tuple(tree.slate_id for tree in trees),
+        past=None if known is None else _past(trie, parts, slate, nodes, rows, before),
     )
 
 
@@ -162,7 +170,11 @@ def in_rows(
 
 
 def micro_batches(
-    trees: Sequence[PromptTree], micro_tokens: int, *, row_tokens: int = 512
+    trees: Sequence[PromptTree],
+    micro_tokens: int,
+    *,
+    row_tokens: int = 512,
+    known: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Returns successive groups of tree indices, each of which packs into `micro_tokens` or less.
 
@@ -173,11 +185,13 @@ def micro_batches(
         trees: In the order in which they are read.
         micro_tokens: Tokens per forward pass.
         row_tokens: The same as given to `pack`.
+        known: Per tree, tokens of its trunk that need not be computed.
     """
     groups: list[list[int]] = []
     fill: list[int] = []
     for index, tree in enumerate(trees):
-        lengths = [token_count(part) for part in in_rows(tree, row_tokens)]
+        less = 0 if known is None else known[index]
+        lengths = [token_count(part) - less for part in in_rows(tree, row_tokens)]
         grown = _filled(fill, lengths, row_tokens)
         if groups and len(grown) * max(grown) <= micro_tokens:
             groups[-1].append(index)
@@ -208,15 +222,18 @@ class _Trie:
     depth: list[int] = field(default_factory=list)
     """Tokens on the path before the node's first."""
     group: list[int] = field(default_factory=list)
+    known: list[bool] = field(default_factory=list)
+    """Whether the node's tokens need not be computed."""
     _index: dict[tuple[int, int, int, tuple[int, ...]], int] = field(default_factory=dict)
 
-    def add(self, tree: PromptTree, group: int, number: int) -> list[int]:
+    def add(self, tree: PromptTree, group: int, number: int, known: int) -> list[int]:
         """Returns the node of each of the tree's segments, new ones added.
 
         Args:
             tree: What to add.
             group: See `pack`.
             number: Of the tree, by which its markers are told from those of others.
+            known: See `pack`.
         """
         nodes: list[int] = []
         markers = set(tree.markers)
@@ -227,35 +244,50 @@ class _Trie:
             node = self._index.setdefault(key, len(self.tokens))
             if node == len(self.tokens):
                 self.group.append(group)
+                self.known.append(True)
                 self.tokens.append(segment.tokens)
                 self.parent.append(parent)
                 above = 0 if parent < 0 else self.depth[parent] + len(self.tokens[parent])
                 self.depth.append(above)
+            self.known[node] &= index < known  # where any tree reads its states it is computed
             nodes.append(node)
         return nodes
+
+    def cost(self, node: int) -> int:
+        """Returns the tokens that must be computed for a node."""
+        return 0 if self.known[node] else len(self.tokens[node])
 
 
 @dataclass
 class _Row:
     trees: list[int]
+    past: list[int]
+    """Nodes that are known; parents first."""
     nodes: list[int]
-    """In the order they lie in the row: parents first."""
+    """The others, in the order they lie in the row: parents first."""
     lengths: np.ndarray
     starts: np.ndarray
-    """First token of each node in the row."""
+    """First token of each of `nodes` in the row."""
     place: dict[int, int]
-    """Index in `nodes` by node."""
+    """Index by node, of `nodes` and then of `past`."""
 
     @property
     def size(self) -> int:
         return int(self.lengths.sum())
 
+    def start(self, node: int) -> int:
+        """Returns the first token of one of `nodes`."""
+        return int(self.starts[self.place[node]])
+
 
 def _row(trie: _Trie, nodes: Sequence[Sequence[int]], members: list[int]) -> _Row:
     held = list(dict.fromkeys(chain.from_iterable(nodes[tree] for tree in members)))
-    lengths = np.array([len(trie.tokens[node]) for node in held], dtype=np.int64)
+    past = [node for node in held if trie.known[node]]
+    own = [node for node in held if not trie.known[node]]
+    lengths = np.array([len(trie.tokens[node]) for node in own], dtype=np.int64)
     starts = np.cumsum(lengths) - lengths
-    return _Row(members, held, lengths, starts, {node: i for i, node in enumerate(held)})
+    place = {node: i for i, node in enumerate([*own, *past])}
+    return _Row(members, past, own, lengths, starts, place)
 
 
 def _plan(
@@ -266,9 +298,9 @@ def _plan(
     One plan ignores what trees share, as `micro_batches` does, so its promise holds. The others
     take row budgets under `row_tokens`, because rows of equal length need no padding.
     """
-    lengths = [len(tokens) for tokens in trie.tokens]
+    lengths = [trie.cost(node) for node in range(len(trie.tokens))]
     shared = [{node: lengths[node] for node in tree} for tree in nodes]
-    alone = [{index: token_count(tree)} for index, tree in enumerate(trees)]
+    alone = [{index: sum(lengths[node] for node in tree)} for index, tree in enumerate(nodes)]
     plans = [_place(shared, row_tokens)]
     even = sum(lengths) / len(plans[0])
     budgets = [int(even * factor) + 1 for factor in _TIGHTER]
@@ -325,7 +357,7 @@ def _token_tensors(
     pad_token_id: int,
 ) -> dict[str, Tensor]:
     tokens = max(row.size for row in rows)
-    group = max(len(row.nodes) for row in rows)
+    group = max(len(row.nodes) + len(row.past) for row in rows)
     input_ids = np.full((len(rows), tokens), pad_token_id, dtype=np.int64)
     position_ids = np.zeros_like(input_ids)
     segment_ids = np.full_like(input_ids, -1)
@@ -336,7 +368,8 @@ def _token_tensors(
         position_ids[r, : row.size] = np.arange(row.size)
         position_ids[r, : row.size] += np.repeat(depth - row.starts, row.lengths)
         segment_ids[r, : row.size] = np.repeat(np.arange(len(row.nodes)), row.lengths)
-        for i, node in enumerate(row.nodes):
+        for node in sorted(row.place):  # parents first, known or not
+            i = row.place[node]
             if trie.parent[node] >= 0:
                 ancestors[r, i] = ancestors[r, row.place[trie.parent[node]]]
             ancestors[r, i, i] = True
@@ -395,9 +428,9 @@ def _candidate_tensors(
             spans = zip(part.candidates, ends(part), strict=True)
             for c, (span, end) in enumerate(spans, start=before[p]):
                 node, last = nodes[p][span.segment], nodes[p][end]
-                first = int(row.starts[row.place[node]])
+                first = row.start(node)
                 found["row"][s, c] = r
-                found["end"][s, c] = row.starts[row.place[last]] + len(trie.tokens[last]) - 1
+                found["end"][s, c] = row.start(last) + len(trie.tokens[last]) - 1
                 found["start"][s, c] = first + span.start
                 found["stop"][s, c] = first + span.stop
                 found["before"][s, c] = _before(trie, row, node, first + span.start)
@@ -406,7 +439,7 @@ def _candidate_tensors(
 
 def _before(trie: _Trie, row: _Row, node: int, start: int) -> int:
     """Returns the row's token that precedes `start` on the node's path, -1 at a root's start."""
-    inside = start > row.starts[row.place[node]]
+    inside = start > row.start(node)
     return start - 1 if inside else _parents_last(trie, row, node)
 
 
@@ -415,7 +448,45 @@ def _parents_last(trie: _Trie, row: _Row, node: int) -> int:
     parent = trie.parent[node]
     if parent < 0:
         return -1
-    return int(row.starts[row.place[parent]]) + len(trie.tokens[parent]) - 1
+    return row.start(parent) + len(trie.tokens[parent]) - 1
+
+
+def _past(
+    trie: _Trie,
+    parts: Sequence[PromptTree],
+    slate: Sequence[int],
+    nodes: Sequence[Sequence[int]],
+    rows: Sequence[_Row],
+    known: Sequence[int],
+) -> Past:
+    tokens = max(sum(len(trie.tokens[node]) for node in row.past) for row in rows)
+    segment_ids = np.full((len(rows), tokens), -1, dtype=np.int64)
+    position_ids = np.zeros_like(segment_ids)
+    held: list[tuple[tuple[int, int], ...]] = []
+    new: dict[int, tuple[int, int, int]] = {}
+    trunks: list[tuple[int, ...]] = [()] * (slate[-1] + 1)
+    for r, row in enumerate(rows):
+        first = 0
+        for node in row.past:
+            stop = first + len(trie.tokens[node])
+            segment_ids[r, first:stop] = row.place[node]
+            position_ids[r, first:stop] = trie.depth[node] + np.arange(stop - first)
+            first = stop
+        owner = {nodes[p][j]: (slate[p], j) for p in row.trees for j in range(known[p])}
+        held.append(tuple(owner[node] for node in row.past))
+        for p in row.trees:
+            trunk = nodes[p][known[p] : last_of_trunk(parts[p])]
+            trunks[slate[p]] = tuple(trunk)  # the same for all parts of a slate
+            for node in trunk:
+                new.setdefault(node, (r, row.start(node), len(trie.tokens[node])))
+    index = {node: i for i, node in enumerate(new)}
+    return Past(
+        segment_ids=torch.from_numpy(segment_ids),
+        position_ids=torch.from_numpy(position_ids),
+        held=tuple(held),
+        new=tuple(new.values()),
+        trunks=tuple(tuple(index[node] for node in trunk) for trunk in trunks),
+    )
 
 
 def _labels(

@@ -144,6 +144,14 @@ def _path(tree: PromptTree, segment: int) -> set[int]:
     return found
 
 
+def last_of_trunk(tree: PromptTree) -> int:
+    """Returns the index of the segment from which the first candidate hangs; 0 without a trunk.
+
+    Readouts read the state at its end.
+    """
+    return max(0, tree.candidates[0].segment - 1)
+
+
 def token_count(tree: PromptTree) -> int:
     """Returns the tokens of all segments."""
     return sum(len(segment.tokens) for segment in tree.segments)
