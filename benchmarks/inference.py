@@ -31,6 +31,7 @@ def cases(given: Setting) -> Mapping[str, Case]:
     }
     if given.base.is_decoder:
         return own | {
+            f"{OWN}, histories kept": ours.again(given),
             f"{OWN}, all logits": ours.scoring(given, logits=True),
             POINTWISE: pointwise.scoring(given),
             KV: kv.scoring(given),

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from benchmarks.peers.setting import Case, Setting, step
 from peftrank import plugins
-from peftrank.model import RankingModel, hidden_states, move
+from peftrank.model import RankingModel, hidden_states, move, read
+from peftrank.prefixes import Prefixes, Reading, token_length
 from peftrank.prompts import micro_batches, pack, token_count
 from peftrank.types import Batch, PromptTree
 
@@ -77,6 +78,45 @@ def scoring(
         return [found[name] for name in names]
 
     return Case(run, sum(map(token_count, trees)))
+
+
+def again(setting: Setting) -> Case:
+    """Returns the scoring of slates whose users' histories were read before and are kept.
+
+    `tokens` are those that are still computed.
+    """
+    model, readout = setting.base, score_head(setting).eval()
+    trees = setting.trees()
+    kept = Prefixes(2**40)
+
+    @torch.inference_mode()
+    def run() -> list[list[float]]:
+        setting.adapted.eval()
+        scores: list[list[float]] = [[]] * len(trees)
+        known = [kept.find("", tree) for tree in trees]
+        sizes = [token_count(t) - token_length(k) for t, k in zip(trees, known, strict=True)]
+        order = sorted(range(len(trees)), key=lambda i: -sizes[i])
+        for group in micro_batches([sizes[i] for i in order], setting.micro_tokens):
+            chosen = [order[i] for i in group]
+            found = [known[i] for i in chosen]
+            batch = pack(
+                [trees[i] for i in chosen],
+                pad_token_id=setting.base.pad_token_id,
+                known=[len(prefixes) for prefixes in found],
+            )
+            batch = move(batch, setting.device)
+            if batch.past is None:
+                raise AssertionError("a batch with `known` has `past`")
+            reading = Reading(batch.past, found)
+            rows = read(readout, hidden_states(model, batch, reading=reading), batch).tolist()
+            for i, row, prefixes, new in zip(chosen, rows, found, reading.left(), strict=True):
+                kept.keep("", trees[i], prefixes, new)
+                scores[i] = row[: len(trees[i].candidates)]
+        return scores
+
+    run()
+    new = sum(token_count(tree) - token_length(kept.find("", tree)) for tree in trees)
+    return Case(run, new, f"{kept.nbytes / len(trees) / 2**20:.1f} MiB kept per slate")
 
 
 def score_head(setting: Setting) -> nn.Module:
