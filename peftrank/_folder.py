@@ -68,6 +68,7 @@ class _Prompt(BaseModel):
     mode: str = ""
     fields: list[str] = []
     history_length: int = Field(0, ge=0)
+    history_step: int = Field(1, ge=1)
     item_tokens: int = Field(1, ge=1)
     max_tokens: int = Field(1, ge=1)
     chat: str = ""

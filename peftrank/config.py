@@ -145,6 +145,9 @@ class PromptConfig(_Section):
     """Item fields the template uses; a candidate without any of them is an error."""
     history_length: int = Field(20, ge=0)
     """At most this many of the newest history items are read."""
+    history_step: int = Field(1, ge=1)
+    """Where older items are left out, the window's start moves by about so many at once, so that a
+    user's successive prompts begin alike (docs/prompts.md)."""
     item_tokens: int = Field(32, ge=1)
     """Text of one item is cut at this many tokens."""
     max_tokens: int = Field(2048, ge=16)

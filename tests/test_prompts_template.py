@@ -494,3 +494,40 @@ def test_render_shows_every_segment_and_what_sharing_saves(tokenizer, make_slate
     assert lines[-1].startswith(f"{separate_token_count(tree)} tokens")
     trunk = token_count(tree) - sum(len(s.tokens) for s in tree.segments[4:])
     assert separate_token_count(tree) == token_count(tree) + 2 * trunk
+
+
+def _windows(template, titles, newest):
+    """Returns which items a user's successive prompts hold; slates carry the `newest` of them."""
+    held = []
+    for n in range(newest, len(titles) + 1):
+        slate = slate_of("candidate", history=titles[n - newest : n])
+        held.append([n - newest + i for i in template.history_read(slate)])
+    return held
+
+
+def test_a_history_that_grows_in_steps_begins_alike_for_a_while(tokenizer):
+    titles = [f"story {n % 10} of {n // 10} about {n * n}" for n in range(80)]
+    sliding = _windows(build(tokenizer, history_length=16), titles, 30)
+    stepped = _windows(build(tokenizer, history_length=16, history_step=8), titles, 30)
+    assert all(held[-1] == n + 29 for n, held in enumerate(stepped))  # never without the newest
+    assert {len(held) for held in sliding} == {16}
+    assert all(9 <= len(held) <= 16 for held in stepped)
+    assert len({held[0] for held in sliding}) == 51
+    assert len({held[0] for held in stepped}) < 51 / 3
+    assert [held[0] for held in stepped] == sorted(held[0] for held in stepped)
+
+
+def test_a_step_counts_only_where_older_items_are_left_out(tokenizer):
+    few = slate_of("candidate", history=[f"story {n}" for n in range(10)])
+    template = build(tokenizer, history_length=10, history_step=8)
+    assert template.history_read(few) == tuple(range(10))
+    assert build(tokenizer, history_length=4, history_step=100).history_read(few)[0] in (6, 7)
+
+
+def test_a_budget_that_cuts_the_history_cuts_it_in_steps_too(tokenizer):
+    titles = [f"story {n * n}" for n in range(40)]
+    whole = token_count(build(tokenizer, history_length=40).tree(slate_of("c", history=titles)))
+    template = build(tokenizer, history_length=40, max_tokens=whole // 2, history_step=6)
+    starts = [held[0] for held in _windows(template, titles, 34)]
+    assert len(set(starts)) < len(starts)
+    assert min(starts) > 0

@@ -94,9 +94,12 @@ def again(setting: Setting) -> Case:
         setting.adapted.eval()
         scores: list[list[float]] = [[]] * len(trees)
         known = [kept.find("", tree) for tree in trees]
-        sizes = [token_count(t) - token_length(k) for t, k in zip(trees, known, strict=True)]
-        order = sorted(range(len(trees)), key=lambda i: -sizes[i])
-        for group in micro_batches([sizes[i] for i in order], setting.micro_tokens):
+        less = [token_length(prefixes) for prefixes in known]
+        order = sorted(range(len(trees)), key=lambda i: less[i] - token_count(trees[i]))
+        groups = micro_batches(
+            [trees[i] for i in order], setting.micro_tokens, known=[less[i] for i in order]
+        )
+        for group in groups:
             chosen = [order[i] for i in group]
             found = [known[i] for i in chosen]
             batch = pack(

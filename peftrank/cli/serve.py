@@ -77,6 +77,10 @@ def command(
     host_megabytes: Annotated[
         float, typer.Option(help="Adapter weights kept in memory when they leave it.", min=0)
     ] = 0.0,
+    prefix_megabytes: Annotated[
+        float,
+        typer.Option(help="Histories kept on the device as keys and values; 0: none.", min=0),
+    ] = 256.0,
     watch_seconds: Annotated[
         float, typer.Option(help="How often the store is looked at; 0: never.", min=0)
     ] = 1.0,
@@ -113,6 +117,7 @@ def command(
         history=None if history == "none" else history,
         device_bytes=None if device_megabytes is None else int(device_megabytes * 2**20),
         host_bytes=int(host_megabytes * 2**20),
+        prefix_bytes=int(prefix_megabytes * 2**20),
         log_level=log_level.value,
         settings=settings.with_tokens(),
     )

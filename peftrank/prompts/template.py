@@ -12,6 +12,7 @@ chat template and from its bos, cls and sep tokens alone.
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,7 @@ class PromptTemplate:
         mode: str = "isolated",
         fields: Sequence[str] = ("title",),
         history_length: int = 20,
+        history_step: int = 1,
         item_tokens: int = 32,
         max_tokens: int = 2048,
         chat: str = "auto",
@@ -65,6 +67,10 @@ class PromptTemplate:
                 token, the first that it has; no item's text can become it.
             fields: Item fields the parts may use. One an item lacks is an empty string.
             history_length: At most this many of the newest history items are read.
+            history_step: Where older items are left out, which of so many oldest that could be read
+                is the first: the one whose text has the smallest checksum. With 1 that is the
+                oldest, and every new item moves it; with more a user's prompts begin alike for a
+                while, for which `Ranker(prefix_bytes=...)` and packing save work.
             item_tokens: An item's own text is cut at this many tokens; the text around it is not.
             max_tokens: Budget of what is read together: in mode `isolated` of a path from the root
                 to a candidate's end, whatever the number of candidates; else of the whole tree.
@@ -83,6 +89,7 @@ class PromptTemplate:
         self.mode, self.turn, self.chat = mode, turn, chat
         self.fields = tuple(fields)
         self.history_length, self.item_tokens = history_length, item_tokens
+        self.history_step = history_step
         self.max_tokens, self.max_depth = max_tokens, max_depth
         self._check(parts)
         self._compiled = self._compile()
@@ -102,6 +109,7 @@ class PromptTemplate:
             "mode": self.mode,
             "fields": list(self.fields),
             "history_length": self.history_length,
+            "history_step": self.history_step,
             "item_tokens": self.item_tokens,
             "max_tokens": self.max_tokens,
             "chat": self.chat,
@@ -112,9 +120,9 @@ class PromptTemplate:
     def tree(self, slate: Slate) -> PromptTree:
         """Returns the slate's prompt tree.
 
-        The oldest history is left out until what is read together fits `max_tokens` and the
-        deepest path fits `max_depth`; candidates never are. History items without any text are
-        left out too.
+        The oldest history is left out, `history_step` items or fewer at once, until what is read
+        together fits `max_tokens` and the deepest path fits `max_depth`; candidates never are.
+        History items without any text are left out too.
 
         Raises:
             DataError: a candidate without text, no candidates, feedback that does not fit the
@@ -157,6 +165,8 @@ class PromptTemplate:
             leaves.append(CandidateTokens(tokens, start, stop))
         trunk = [self._item(ids, text).tokens for text in history.values()]
         kept = self._fit(slate, len(root) + len(asked), trunk, leaves)
+        if len(kept) < len(slate.history):
+            kept = kept[_first(kept, self.history_step) :]
         read = tuple(history)[len(trunk) - len(kept) :]
         return [root, *kept, asked], leaves, read
 
@@ -313,6 +323,17 @@ class PromptTemplate:
                 break
             kept -= 1
         return history[kept:]
+
+
+def _first(history: Sequence[Tokens], step: int) -> int:
+    """Returns which of the first `step` items the history is to begin with; half of it stays.
+
+    A checksum of the text chooses, not the place: so the choice stays while the item is among
+    them, also where the slate holds the newest items of a longer history.
+    """
+    among = history[: min(step, (len(history) + 1) // 2)]
+    texts = [b"".join(t.to_bytes(4, "little") for t in tokens) for tokens in among]
+    return min(range(len(texts)), key=lambda i: zlib.crc32(texts[i]), default=0)
 
 
 def _special(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:

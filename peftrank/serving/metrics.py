@@ -54,7 +54,11 @@ class Metrics:
         self.occupancy = self._histogram(
             "batch_occupancy", "Share of the token budget that a batch used.", buckets=_SHARES
         )
-        self.tokens = self._counter("tokens", "Tokens scored.")
+        self.tokens = self._counter("tokens", "Tokens scored, those that were kept included.")
+        self._reused = self._counter(
+            "prefix_tokens", "Of these, tokens not computed since their keys and values were kept."
+        )
+        self._reused_before = 0
         self.batch_failures = self._counter("batch_failures", "Tries to score that failed.")
         self.swaps = self._counter(
             "adapter_swaps", "Versions put into use, each in place of another or of none.",
@@ -81,6 +85,9 @@ class Metrics:
             "host_bytes": self._gauge(
                 "adapter_host_bytes", "Adapter weights kept in host memory beside them."
             ),
+            "prefix_bytes": self._gauge(
+                "prefix_bytes", "Keys and values of prompts' beginnings kept on the device."
+            ),
         }
 
     def observe(self, done: Round) -> None:
@@ -96,6 +103,9 @@ class Metrics:
         self._loaded.set(len(ranker.domains))
         for name, value in ranker.memory().items():
             self._bytes[name].set(value)
+        reused = ranker.prefix_tokens
+        self._reused.inc(reused - self._reused_before)
+        self._reused_before = reused
         self._queue.set(batcher.queued_tokens)
         self._waiting.set(batcher.queued_slates)
 

@@ -91,6 +91,7 @@ def _app(arguments: Arguments, settings: ServeSettings) -> FastAPI:
         store=arguments.store,
         device_bytes=None,
         host_bytes=0,
+        prefix_bytes=server.PREFIX_BYTES,
     )
     Watcher(ranker, Metrics(), domains=domains).load_all()
     history = None if arguments.history is None else open_history(arguments.history)

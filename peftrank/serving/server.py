@@ -30,6 +30,7 @@ except ModuleNotFoundError as error:
         'the server needs uvicorn, which is not installed; run: pip install "peftrank[serve]"'
     ) from error
 
+PREFIX_BYTES = 256 * 2**20
 _KEEP_ALIVE_SECONDS = 75  # longer than usual load balancers keep an idle connection
 _LAST_SECONDS = 5
 """For the last answers to leave."""
@@ -49,6 +50,7 @@ def serve(
     history: str | None = "sqlite:///history.db",
     device_bytes: int | None = None,
     host_bytes: int | None = 0,
+    prefix_bytes: int = PREFIX_BYTES,
     log_level: str = "info",
     settings: ServeSettings | None = None,
 ) -> None:
@@ -68,6 +70,7 @@ def serve(
         history: URL of the store of histories, see `open_history`; None: requests bring theirs.
         device_bytes: Budget of adapter weights on the device; None: all.
         host_bytes: Budget of those kept in host memory when they leave it; None: all.
+        prefix_bytes: Budget of what is kept on the device of users' histories; 0: nothing.
         log_level: debug, info, warning or error.
         settings: Limits and tokens.
 
@@ -86,7 +89,7 @@ def serve(
         kept = None if history is None else open_history(history)
         make = functools.partial(
             load_ranker, trained, device=device, store=store, device_bytes=device_bytes,
-            host_bytes=host_bytes,
+            host_bytes=host_bytes, prefix_bytes=prefix_bytes,
         )  # fmt: skip
         app = create_app(make, settings, history=kept, domains=domains)
         config = uvicorn.Config(
@@ -211,8 +214,15 @@ def load_ranker(
     store: Path,
     device_bytes: int | None,
     host_bytes: int | None,
+    prefix_bytes: int,
 ) -> Ranker:
     """Returns a ranker on the base that `wanted` describes, with no domain loaded."""
     log(logging.INFO, "loading_base", base=wanted["name"])
     base = load_base(**wanted, device=device)
-    return Ranker(base, store=store, device_bytes=device_bytes, host_bytes=host_bytes)
+    return Ranker(
+        base,
+        store=store,
+        device_bytes=device_bytes,
+        host_bytes=host_bytes,
+        prefix_bytes=prefix_bytes,
+    )
