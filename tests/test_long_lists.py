@@ -137,7 +137,9 @@ def test_500_candidates_and_500_history_items_are_ranked_in_bounded_passes(
     monkeypatch.setattr(
         ranking,
         "hidden_states",
-        lambda base, batch: sizes.append(batch.input_ids.numel()) or hidden_states(base, batch),
+        lambda base, batch, **more: (
+            sizes.append(batch.input_ids.numel()) or hidden_states(base, batch, **more)
+        ),
     )
     for n_history, most in ((10, 1000), (500, 5000)):
         ranker = Ranker(tiny_decoder, store=tmp_path, micro_tokens=most)

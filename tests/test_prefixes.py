@@ -260,3 +260,9 @@ class TestRanker:
         slate = make_slate(domain="news")
         assert ranker.score(slate) == ranker.score(slate)
         assert ranker.memory()["prefix_bytes"] == 0
+
+    def test_passes_over_a_long_list_share_its_trunk(self, tiny_decoder, folders, make_slate):
+        plain, caching = rankers(tiny_decoder, folders, micro_tokens=300, row_tokens=100)
+        slate = make_slate(n_history=8, n_candidates=120, domain="news")
+        assert caching.score(slate) == pytest.approx(plain.score(slate), abs=1e-4)
+        assert caching.prefix_tokens > 0

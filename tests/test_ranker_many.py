@@ -367,7 +367,8 @@ class Domains(RuleBasedStateMachine):
 
 def check_machine(base, folder, slates, expected, **budgets):
     alike = [
-        abs(a[0][0] - b[0][0])
+        max(abs(x - y) for x, y in zip(a[i], b[i], strict=True))
+        for i in range(len(slates))
         for key, a in expected.items()
         for other, b in expected.items()
         if key != other

@@ -104,8 +104,7 @@ def pack(
     group = [0 if groups is None else groups[s] for s in slate]
     before = [0 if known is None else known[s] for s in slate]
     nodes = [
-        trie.add(part, g, s, k)
-        for part, g, s, k in zip(parts, group, slate, before, strict=True)
+        trie.add(part, g, s, k) for part, g, s, k in zip(parts, group, slate, before, strict=True)
     ]
     plan = [
         sorted(members, key=group.__getitem__) for members in _plan(trie, parts, nodes, row_tokens)
