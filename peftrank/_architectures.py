@@ -192,6 +192,11 @@ def final_norm(model: PreTrainedModel, states: Tensor) -> Tensor:
     return states
 
 
+def final_norm_path(model: PreTrainedModel) -> str | None:
+    """Returns the path of the norm that decoders have behind their last block; None: no such."""
+    return f"{model.base_model_prefix}.norm" if model.config.model_type in DECODERS else None
+
+
 def _rotary(model: PreTrainedModel, states: Tensor, depth: Tensor, kind: str) -> Any:  # noqa: ANN401
     embedding = model.base_model.rotary_emb
     if model.config.model_type == "gemma3_text":  # the base frequency is the layer type's own

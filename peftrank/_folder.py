@@ -24,7 +24,14 @@ from torch import Tensor
 from peftrank.errors import AdapterError
 from peftrank.methods._peft_types import KINDS
 from peftrank.methods._sites import bottleneck_sites
-from peftrank.peft_files import AdapterFiles, check_tensors, ia3_factors, lora_layers, peft_paths
+from peftrank.peft_files import (
+    AdapterFiles,
+    check_tensors,
+    ia3_factors,
+    lora_layers,
+    peft_paths,
+    whole_weights,
+)
 
 FORMAT_VERSION = 1
 _WEIGHTS = ".safetensors"
@@ -126,6 +133,8 @@ def read(path: Path) -> AdapterFiles:
             ia3_factors(config, tensors)
         elif method == "BOTTLENECK":
             _check_bottleneck(config, tensors)
+        elif method == "LN_TUNING":
+            whole_weights(config, tensors)
         else:
             peft_paths(config, tensors)
     except AdapterError as error:

@@ -40,10 +40,17 @@ from peftrank.methods._sites import (
     bottleneck_sites,
     norm_names,
 )
-from peftrank.peft_files import AdapterFiles, LoraLayer, ia3_factors, lora_layers, peft_paths
+from peftrank.peft_files import (
+    AdapterFiles,
+    LoraLayer,
+    ia3_factors,
+    lora_layers,
+    peft_paths,
+    whole_weights,
+)
 from peftrank.plugins import did_you_mean
 
-Place = tuple[str, Reads | Literal["linear", "linear input", "norm"]]
+Place = tuple[str, Reads | Literal["linear", "linear input", "instead"]]
 """A module's path, and what is done there; of a bottleneck site, what it reads."""
 Span = tuple["Banked | None", int, int | None]
 """(adapter, start, stop): who changes these tokens of the flattened (R * T) rows; None: nobody."""
@@ -55,8 +62,9 @@ class Banked:
 
     name: str
     changes: Mapping[Place, Callable[..., Tensor]]
-    """By place: (input, output) -> output of a linear or a normalization; input -> input of a
-    linear; h -> what is added at a bottleneck site. Each treats tokens independently."""
+    """By place: (input, output) -> output of a linear; input -> input of a linear; input -> output
+    in the module's stead; h -> what is added at a bottleneck site. Each treats tokens
+    independently."""
     nbytes: int
     """Of the weights, beside the base."""
 
@@ -67,7 +75,7 @@ class Bank:
     def __init__(self, base: Base):
         self.base = base
         self._modules = dict(base.model.named_modules())
-        self._hooks: dict[Place, RemovableHandle] = {}
+        self._hooks: dict[Place, RemovableHandle | _Instead] = {}
         self._writing = threading.Lock()
         self._in_use: ContextVar[tuple[Span, ...]] = ContextVar("peftrank_adapters", default=())
 
@@ -90,6 +98,8 @@ class Bank:
             adapter = self._bottleneck(name, files)
         elif method == "IA3":
             adapter = self._ia3(name, files)
+        elif method == "LN_TUNING":
+            adapter = self._whole(name, whole_weights(files.peft_config, files.tensors))
         elif method in KINDS:
             adapter = self._peft(name, files)
         else:
@@ -174,23 +184,43 @@ class Bank:
         from peftrank.methods import _skeleton
 
         for path in peft_paths(files.peft_config, files.tensors):
-            module = self._module(name, path)
-            if not isinstance(module, nn.Linear) and not is_norm(module):
-                raise AdapterError(
-                    f"adapter {name!r} has weights for {path!r}, which is a "
-                    f"{type(module).__name__}, neither linear nor a normalization."
-                )
+            self._linear(name, path)
         try:
             layers = _skeleton.tuner_layers(self.base.model, files.peft_config, files.tensors)
         except AdapterError as error:
             raise AdapterError(f"adapter {name!r}: {error}") from error
         changes: dict[Place, Callable[..., Tensor]] = {
-            (path, "norm" if is_norm(self._modules[path]) else "linear"): partial(
-                _skeleton.applied, layer
-            )
-            for path, layer in layers.items()
+            (path, "linear"): partial(_skeleton.applied, layer) for path, layer in layers.items()
         }
         return Banked(name, changes, sum(t.nbytes for t in _skeleton.own_tensors(layers)))
+
+    def _whole(self, name: str, modules: Mapping[str, Weights]) -> Banked:
+        changes: dict[Place, Callable[..., Tensor]] = {}
+        nbytes = 0
+        for path, given in modules.items():
+            if is_norm(self._module(name, path)):
+                weights = self._norm(name, path, given)
+                changes[path, "instead"] = with_weights(self._modules[path], weights)
+            else:
+                weights = self._linear_weights(name, path, given)
+                changes[path, "instead"] = partial(functional.linear, **weights)
+            nbytes += sum(t.nbytes for t in weights.values())
+        return Banked(name, changes, nbytes)
+
+    def _linear_weights(self, name: str, path: str, weights: Weights) -> Weights:
+        # Not by the base's own class, so that the base may be a quantized one.
+        linear = self._linear(name, path)
+        expected: dict[str, tuple[int, ...]] = {"weight": (linear.out_features, linear.in_features)}
+        if linear.bias is not None:
+            expected["bias"] = (linear.out_features,)
+        given = {part: tuple(t.shape) for part, t in weights.items()}
+        if given != expected:
+            raise AdapterError(
+                f"adapter {name!r} has weights {given} for {path!r}, where the base has "
+                f"{expected}. It belongs to another base."
+            )
+        device, dtype = linear.weight.device, self.base.compute_dtype
+        return {part: _placed(t, device).to(dtype) for part, t in weights.items()}
 
     def _bottleneck(self, name: str, files: AdapterFiles) -> Banked:
         changes: dict[Place, Callable[..., Tensor]] = {}
@@ -215,7 +245,7 @@ class Bank:
             nbytes += sum(t.nbytes for t in (down_w, down_b, up_w, up_b))
         for path, found in norm_names(files.tensors).items():
             weights = self._norm(name, path, {part: files.tensors[n] for part, n in found.items()})
-            changes[path, "norm"] = partial(_normalized, with_weights(self._modules[path], weights))
+            changes[path, "instead"] = with_weights(self._modules[path], weights)
             nbytes += sum(t.nbytes for t in weights.values())
         return Banked(name, changes, nbytes)
 
@@ -267,10 +297,12 @@ class Bank:
             if place not in self._hooks:
                 self._hooks[place] = self._attached(place)
 
-    def _attached(self, place: Place) -> RemovableHandle:
+    def _attached(self, place: Place) -> RemovableHandle | _Instead:
         path, what = place
         module: nn.Module = self._modules[path]
-        if what == "linear" or what == "norm":
+        if what == "instead":
+            return _Instead(module, partial(self._computed, place))
+        if what == "linear":
             return module.register_forward_hook(partial(self._after, place))
         if what == "linear input":
             return module.register_forward_pre_hook(partial(self._before, place))
@@ -288,12 +320,24 @@ class Bank:
         return None if changed is None else (changed, *args[1:])
 
     def _added(self, place: Place, h: Tensor) -> Tensor | None:
-        return self._changed(place, h, else_zero=True)
+        return self._changed(place, h, unchanged=torch.zeros_like)
 
-    def _changed(self, place: Place, *values: Tensor, else_zero: bool = False) -> Tensor | None:
+    def _computed(self, place: Place, forward: Callable[..., Tensor], x: Tensor) -> Tensor:
+        changed = self._changed(place, x, unchanged=forward)
+        return forward(x) if changed is None else changed
+
+    def _changed(
+        self,
+        place: Place,
+        *values: Tensor,
+        unchanged: Callable[[Tensor], Tensor] = lambda value: value,
+    ) -> Tensor | None:
         """Returns the last of `values` (R, T, ·) as adapters in use change it, None if none does.
 
-        Tokens that nobody changes keep their value, or become zero.
+        Args:
+            place: The place.
+            values: What the changes are given.
+            unchanged: What becomes of the last of `values` (tokens, ·) where nobody changes it.
         """
         spans = self._in_use.get()
         found = [None if a is None else a.changes.get(place) for a, _, _ in spans]
@@ -310,14 +354,30 @@ class Bank:
         parts = []
         for (_, start, stop), change in zip(spans, found, strict=True):
             given = [value[start:stop] for value in flat]
-            rest = torch.zeros_like(given[-1]) if else_zero else given[-1]
-            parts.append(rest if change is None else change(*given))
+            parts.append(unchanged(given[-1]) if change is None else change(*given))
         return torch.cat(parts).view(*values[-1].shape[:-1], -1)
 
 
-def _normalized(twin: nn.Module, x: Tensor, _: Tensor) -> Tensor:
-    normalized: Tensor = twin(x)
-    return normalized
+class _Instead:
+    """A function in the stead of a module's forward, which it is given; `remove` ends that.
+
+    Unlike a hook, it can leave the module's own product out.
+    """
+
+    def __init__(self, module: nn.Module, compute: Callable[..., Tensor]):
+        self.module = module
+        self.earlier = vars(module).get("forward")  # accelerate or another bank may have set one
+        self.own = partial(compute, module.forward)
+        vars(module)["forward"] = self.own
+
+    def remove(self) -> None:
+        """Puts the earlier forward back; of two banks, the later one has to close first."""
+        if vars(self.module).get("forward") is not self.own:
+            return  # another bank calls this one, which only passes on what it is given
+        if self.earlier is None:
+            del vars(self.module)["forward"]
+        else:
+            vars(self.module)["forward"] = self.earlier
 
 
 def _lora_change(

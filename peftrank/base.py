@@ -29,6 +29,7 @@ from peftrank._architectures import (
     check_architecture,
     embed,
     final_norm,
+    final_norm_path,
     layer_masks,
     max_depth,
     positions,
@@ -132,6 +133,9 @@ class Base:
         or trains, for it might change what enters the first.
         """
         block_of = {id(p): i for i, block in enumerate(self.layers) for p in block.parameters()}
+        if behind := final_norm_path(self.model):  # of no block, but it changes nothing below it
+            norm = self.model.get_submodule(behind)
+            block_of |= {id(p): self.num_layers for p in norm.parameters()}
         changed = (
             block_of.get(id(parameter), 0)
             for name, parameter in self.model.named_parameters()

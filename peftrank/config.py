@@ -49,6 +49,11 @@ class _Named(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str
 
+    @field_validator("name")
+    @classmethod
+    def _file_name(cls, value: str) -> str:
+        return plugins.file_name(value)
+
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})

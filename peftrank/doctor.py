@@ -238,6 +238,7 @@ def _hollow_base(values: Any, dtype: torch.dtype, config: Config) -> Base:  # no
     made = AutoModelForCausalLM if decoder else AutoModel
     model = made.from_config(values, dtype=dtype, attn_implementation="sdpa")
     model.requires_grad_(False)
+    model.is_quantized = config.base.quantization != "none"  # for methods that refuse it
     remove_dropout(model)
     known = {f.name: "" for f in fields(BaseIdentity)}
     identity = BaseIdentity(**{**known, "name": config.base.name, "double_quant": False})  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """An adapter merged into its base: a model that transformers alone loads, with what merging cost.
 
-PEFT does the merging (LoRA, also with DoRA, and IA3). A quantized base is refused: rounding the
+PEFT does the merging (LoRA, also with DoRA, IA3, and whole weights). A quantized base is refused: rounding the
 sum of base and adapter to 4 or 8 bits would lose most of what the adapter adds. Bottleneck
 adapters are layers of their own and cannot be merged.
 """
@@ -70,10 +70,10 @@ def copy(folder: Path, output: Path) -> None:
 def check_mergeable(folder: Path) -> None:
     """Raises AdapterError unless weights of a base can take the adapter in."""
     kind = store.load_adapter(folder).peft_config["peft_type"]
-    if kind not in ("LORA", "IA3"):
+    if kind not in ("LORA", "IA3", "LN_TUNING"):
         raise AdapterError(
             f"{folder} is a {kind.lower()} adapter, which is not merged into weights of the base "
-            "here. Only LoRA (AdaLoRA is exported as LoRA) and IA3 can be merged."
+            "here. Only LoRA (AdaLoRA is exported as LoRA), IA3, top_layers and full can be merged."
         )
 
 

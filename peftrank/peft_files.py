@@ -185,6 +185,37 @@ def peft_paths(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list
     return paths
 
 
+def whole_weights(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Returns the weights of an LN_TUNING adapter: by module path, `weight` and perhaps `bias`.
+
+    PEFT made it for normalizations (arXiv 2312.11420); methods full and top_layers keep the weights
+    of linear modules in it too.
+
+    Raises:
+        AdapterError: a tensor is no such weight, or they are not those of the modules named.
+    """
+    paths = peft_paths(config, tensors)
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(
+            re.escape(PREFIX) + r"(.+)\.ln_tuning_layers\.(weight|bias)", key, flags=re.DOTALL
+        )
+        if match is None:
+            raise AdapterError(
+                f"tensor {key!r} is no weight of an LN_TUNING adapter. Expected names such as "
+                f"'{PREFIX}model.norm.ln_tuning_layers.weight'."
+            )
+        found.setdefault(match[1], {})[match[2]] = tensor
+    if differing := sorted(found.keys() ^ set(paths)):
+        raise AdapterError(
+            f"the tensors are those of {len(found)} modules and target_modules names {len(paths)}; "
+            f"differing: {', '.join(map(repr, differing[:3]))}"
+        )
+    return found
+
+
 def lora_ranks(layers: Mapping[str, LoraLayer]) -> dict[str, dict[str, int]]:
     """Returns the rank of each update, as {layer: {module: rank}}; "" is outside of any layer.
 

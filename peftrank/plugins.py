@@ -1,7 +1,8 @@
 """Finds losses, readouts, methods, formats, metrics and baselines by name.
 
-The name in a config is the file name: `listnet` is `peftrank/losses/listnet.py`. A name of the
-form `package.module:object` reaches code outside this package. There is no registry to update.
+The name in a config is the file name: `listnet` is `peftrank/losses/listnet.py`; hyphens may
+stand for its underscores. A name of the form `package.module:object` reaches code outside this
+package. There is no registry to update.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def load(kind: str, name: str) -> Any:  # noqa: ANN401 - a function or class, by
     Raises:
         ConfigError: no such file, or `package.module:object` cannot be imported.
     """
+    name = file_name(name)
     if kind == "methods" and name.startswith(_PEFT):
         methods: Any = importlib.import_module("peftrank.methods._peft")
         return methods.peft_method(name.removeprefix(_PEFT))
@@ -55,6 +57,11 @@ def load(kind: str, name: str) -> Any:  # noqa: ANN401 - a function or class, by
     module = importlib.import_module(f"peftrank.{kind}.{name}")
     attribute = name.title().replace("_", "") if kind in _CLASS_KINDS else name
     return getattr(module, attribute)
+
+
+def file_name(name: str) -> str:
+    """Returns a name with the underscores of its file: `top-layers` is `top_layers`."""
+    return name if ":" in name else name.replace("-", "_")
 
 
 def check_options(

@@ -249,6 +249,6 @@ def test_another_method_keeps_the_options_it_has_too():
 
 
 @pytest.mark.parametrize("domain", samples())
-@pytest.mark.parametrize("method", ["adalora", "adapter", "lora"])
+@pytest.mark.parametrize("method", ["adalora", "adapter", "full", "lora", "top-layers"])
 def test_every_domain_takes_every_method(domain, method):
-    assert load_config(domain=domain, method=method).method.name == method
+    assert load_config(domain=domain, method=method).method.name == method.replace("-", "_")

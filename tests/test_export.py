@@ -37,6 +37,17 @@ def test_a_merged_model_gives_the_scores_of_base_and_adapter(
     assert written["domain"] == domain
 
 
+def test_whole_weights_take_the_place_of_the_base_s(tiny_decoder, tmp_path, slates, monkeypatch):
+    monkeypatch.setitem(METHODS, "books", ("top_layers", {}))
+    path, _, _ = publish(tiny_decoder, tmp_path / "store", "books")
+    drift = merge(path, tmp_path / "out", base=tiny_decoder, slates=slates)
+    assert drift.largest < 1e-4 < drift.spread
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    for name, tensor in store.load_adapter(path).tensors.items():
+        own = name.removeprefix("base_model.model.").replace(".ln_tuning_layers", "")
+        assert torch.equal(merged[own], tensor)
+
+
 def test_rounding_to_bfloat16_drifts_and_says_so(tiny_decoder, tmp_path, slates):
     path, _, _ = publish(tiny_decoder, tmp_path / "store", "news")
     drift = merge(path, tmp_path / "out", base=tiny_decoder, slates=slates, dtype="bfloat16")

@@ -238,6 +238,8 @@ def _check_shardable(
     reads_weights, everywhere = None, bool(options.get("dora"))
     if method.startswith("peft:"):
         reads_weights, everywhere = f"method {method}", True
+    elif method in ("full", "top_layers"):
+        reads_weights, everywhere = f"method {method}", True
     elif options.get("dora"):
         reads_weights = "method.dora=true"
     elif kind == "zero3" and options.get("init") in ("pissa", "olora"):
