@@ -130,10 +130,10 @@ class Base:
         """How many blocks stand below the first that holds or trains anything but the frozen base.
 
         What leaves them depends on the tokens alone. 0 if something outside the blocks was added
-        or trains, for it might change what enters the first.
+        or trains, for it might change what enters the first; but not the norm behind them.
         """
         block_of = {id(p): i for i, block in enumerate(self.layers) for p in block.parameters()}
-        if behind := final_norm_path(self.model):  # of no block, but it changes nothing below it
+        if behind := final_norm_path(self.model):
             norm = self.model.get_submodule(behind)
             block_of |= {id(p): self.num_layers for p in norm.parameters()}
         changed = (

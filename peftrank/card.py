@@ -18,6 +18,7 @@ from peftrank._architectures import DECODERS
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _LONGEST = 200
 _MARKUP = re.compile(r"([\\`*_{}\[\]()<>#+!|~&:$])|(?<!\d)\.|\.(?!\d)")
+_MOST_LAYERS = 200
 _COUNTERS = ("best_step", "steps")
 
 
@@ -27,6 +28,7 @@ def adapter_card(
     license: str | None = None,
     source: str | None = None,
     peft_config: Mapping[str, Any] | None = None,
+    ranks: Mapping[str, Mapping[str, int]] | None = None,
 ) -> str:
     """Returns the text of README.md for an adapter.
 
@@ -36,6 +38,7 @@ def adapter_card(
         license: The Hub's identifier of the licence, if one was chosen.
         source: What `load_adapter` loads it by; absent: a folder.
         peft_config: What goes into adapter_config.json; its ranks are shown.
+        ranks: {layer: {module: rank}}, shown as a table where modules differ.
     """
     base, method, readout = manifest["base"], manifest["method"], manifest["readout"]
     domain = _text(manifest["domain"])
@@ -52,6 +55,7 @@ def adapter_card(
         _usage(manifest, source or "path/to/this/folder"),
         "## How it was made",
         _table([*_settings(manifest), *_ranks(peft_config or {})]),
+        *_rank_table(ranks or {}),
         "## Measured",
         _table(_measured(manifest["metrics"])) or "Nothing was measured.",
         "## Data",
@@ -144,6 +148,20 @@ def _settings(manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def _ranks(peft_config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     shown = {"r": "rank", "lora_alpha": "alpha", "size": "bottleneck size"}
     return [(name, peft_config[key]) for key, name in shown.items() if peft_config.get(key)]
+
+
+def _rank_table(ranks: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Returns a section with the rank of each module by layer; none where all are equal."""
+    differ = len({rank for row in ranks.values() for rank in row.values()}) > 1
+    if not differ or len(ranks) > _MOST_LAYERS:
+        return []
+    modules = list(dict.fromkeys(name for row in ranks.values() for name in row))
+    total = sum(sum(row.values()) for row in ranks.values())
+    rows: list[list[object]] = [["layer", *modules]]
+    rows += [[layer or "other", *(row.get(m, "") for m in modules)] for layer, row in ranks.items()]
+    lines = [f"| {' | '.join(map(_text, row))} |" for row in rows]
+    lines.insert(1, "|---" + "|--:" * len(modules) + "|")
+    return ["## Ranks", f"What each module's update has, {total} in all.", "\n".join(lines)]
 
 
 def _metrics(values: Mapping[str, Any]) -> list[tuple[str, Any]]:

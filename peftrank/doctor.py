@@ -72,6 +72,9 @@ class MemoryPlan:
     """What the optimizer keeps: of AdamW two moments."""
     activations: int
     """Most that is alive in a forward and backward pass beside all of the above."""
+    copies: int
+    """On a CPU: the best weights so far, and what a checkpoint takes while it is written, beyond
+    the gradients and activations that are gone by then. On a GPU these are in host memory."""
     kept: int
     """Of the states that enter the lowest adapted layer, what stays in memory."""
     gathered: int
@@ -88,7 +91,7 @@ class MemoryPlan:
     def total(self) -> int:
         """All of it."""
         parts = (self.base, self.adapter, self.gradients, self.optimizer, self.activations)
-        return sum(parts) + self.kept + self.gathered + self.process
+        return sum(parts) + self.copies + self.kept + self.gathered + self.process
 
     def as_json(self) -> dict[str, Any]:
         """Returns the plan with its total."""
@@ -146,12 +149,15 @@ def memory_plan(
     if config.base.quantization != "none":
         largest = max(m.weight.numel() for m in base.model.modules() if isinstance(m, nn.Linear))
         peak += largest * dtype.itemsize  # one weight at a time is dequantized
+    optimizer = state_bytes(config.training, sizes)
     return MemoryPlan(
         base=outside + constants + (weights // processes if sharded else weights),
         adapter=4 * trained,
         gradients=4 * trained,
-        optimizer=state_bytes(config.training, sizes),
+        optimizer=optimizer,
         activations=peak,
+        # A checkpoint holds the weights anew, and the optimizer's state twice to serialize it.
+        copies=4 * trained + max(0, 2 * optimizer - peak) if device == "cpu" else 0,
         kept=_kept_bytes(config, base, slate_tokens),
         gathered=2 * block if sharded else 0,
         process=0 if device != "cpu" else _LIBRARIES + _HEAP_BYTES + int((_HEAP_FACTOR - 1) * peak),

@@ -1,8 +1,8 @@
 """An adapter merged into its base: a model that transformers alone loads, with what merging cost.
 
-PEFT does the merging (LoRA, also with DoRA, IA3, and whole weights). A quantized base is refused: rounding the
-sum of base and adapter to 4 or 8 bits would lose most of what the adapter adds. Bottleneck
-adapters are layers of their own and cannot be merged.
+PEFT does the merging (LoRA, also with DoRA, IA3, and whole weights). A quantized base is refused:
+rounding the sum of base and adapter to 4 or 8 bits would lose most of what the adapter adds.
+Bottleneck adapters are layers of their own and cannot be merged.
 """
 
 from __future__ import annotations

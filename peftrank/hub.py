@@ -33,6 +33,7 @@ from peftrank import __version__, _folder, store
 from peftrank.card import HUB_ID, adapter_card, card_license
 from peftrank.errors import AdapterError, ConfigError
 from peftrank.files import write_bytes
+from peftrank.peft_files import adapter_ranks
 from peftrank.store import AdapterFiles
 
 NAMES = (*_folder.HASHED, _folder.MANIFEST)
@@ -93,7 +94,13 @@ def prepare(folder: Path, repo: str, *, license: str | None = None) -> dict[str,
             "and of the training data allow: --license apache-2.0, mit, cc-by-nc-4.0, other, ... "
             "(identifiers: https://huggingface.co/docs/hub/repositories-licenses)"
         )
-    card = adapter_card(files.manifest, license=license, source=repo, peft_config=files.peft_config)
+    card = adapter_card(
+        files.manifest,
+        license=license,
+        source=repo,
+        peft_config=files.peft_config,
+        ranks=adapter_ranks(files.peft_config, files.tensors),
+    )
     with tempfile.TemporaryDirectory() as temporary:
         made = Path(temporary)
         _folder.write(made, files.manifest["domain"], files, card)

@@ -216,6 +216,13 @@ def whole_weights(
     return found
 
 
+def adapter_ranks(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, dict[str, int]]:
+    """Returns `lora_ranks` of an adapter's files, {} for one without; raises as `lora_layers`."""
+    return lora_ranks(lora_layers(config, tensors)) if config.get("peft_type") == "LORA" else {}
+
+
 def lora_ranks(layers: Mapping[str, LoraLayer]) -> dict[str, dict[str, int]]:
     """Returns the rank of each update, as {layer: {module: rank}}; "" is outside of any layer.
 

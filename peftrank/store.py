@@ -20,7 +20,7 @@ from peftrank.config import DOMAIN_NAME
 from peftrank.errors import AdapterError
 from peftrank.files import publish_folder, temporary_folder, write_bytes
 from peftrank.peft_files import AdapterFiles as AdapterFiles
-from peftrank.peft_files import lora_layers, lora_ranks
+from peftrank.peft_files import adapter_ranks, lora_layers
 from peftrank.plugins import did_you_mean
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def check_domain(name: str) -> str:
 def describe(path: Path) -> dict[str, Any]:
     """Returns what a person wants to know about an adapter folder, JSON-able; verifies it."""
     files = load_adapter(path)
-    lora = files.peft_config["peft_type"] == "LORA"
+    ranks = adapter_ranks(files.peft_config, files.tensors)
     kept = ("domain", "created", "method", "readout", "base", "metrics", "data", "versions", "hub")
     return {
         "path": str(path),
@@ -193,7 +193,7 @@ def describe(path: Path) -> dict[str, Any]:
         "parameters": sum(t.numel() for t in files.tensors.values()),
         "readout_parameters": sum(t.numel() for t in files.readout.values()),
         "bytes": sum(entry["bytes"] for entry in files.manifest["files"].values()),
-        **({"ranks": lora_ranks(lora_layers(files.peft_config, files.tensors))} if lora else {}),
+        **({"ranks": ranks} if ranks else {}),
     }
 
 

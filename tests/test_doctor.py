@@ -32,7 +32,8 @@ def test_weights_are_counted_as_they_are(config, workplace):
     assert plan.base == sum(p.nbytes for p in base.model.parameters())
     assert plan.gradients == plan.adapter == plan.optimizer // 2 > 0
     parts = (plan.base, plan.adapter, plan.gradients, plan.optimizer, plan.activations)
-    assert plan.total == sum(parts) + plan.process
+    assert plan.total == sum(parts) + plan.copies + plan.process
+    assert plan.copies == plan.adapter
     assert plan.measured
 
 

@@ -296,5 +296,7 @@ def test_doctor_counts_copies_gradients_moments_and_the_best_weights(workplace):
     head = plan.adapter // 4 - blocks
     assert 0 < head < 100
     assert plan.adapter == plan.gradients == plan.optimizer // 2
+    assert plan.copies == plan.adapter + max(0, 2 * plan.optimizer - plan.activations)
+    assert memory_plan(settings(workplace, "full"), device="cuda").copies == 0
     with pytest.raises(ConfigError, match="needs an unquantized base"):
         memory_plan(settings(workplace, "full", **{"base.quantization": "nf4"}))

@@ -43,11 +43,24 @@ def list_(store: options.Store = STORE, as_json: options.JsonFlag = False) -> No
 
 
 @app.command()
-def show(source: Source, store: options.Store = STORE) -> None:
+def show(
+    source: Source,
+    store: options.Store = STORE,
+    ranks: Annotated[
+        Path | None,
+        typer.Option(help="Draw the rank of each layer's modules into this file (.png, .svg)."),
+    ] = None,
+) -> None:
     """Print what is known about an adapter, as JSON."""
     from peftrank.store import describe, resolve
 
-    typer.echo(json.dumps(describe(resolve(source, store)), indent=2))
+    found = describe(resolve(source, store))
+    if ranks is not None:
+        from peftrank.rank_map import draw_ranks
+
+        title = f"{found['domain']}, {found['method']['name']}"
+        draw_ranks(found.get("ranks", {}), ranks, title=title)
+    typer.echo(json.dumps(found, indent=2))
 
 
 @app.command()

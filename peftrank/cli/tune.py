@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def command(
     domain: options.Domain = None,
     method: Annotated[
-        str | None, typer.Option(help="lora, adalora, adapter, ia3, top-layers, full, or peft:NAME.")
+        str | None,
+        typer.Option(help="lora, adalora, adapter, ia3, top-layers, full, or peft:NAME."),
     ] = None,
     config: options.ConfigFile = None,
     base: options.Base = None,

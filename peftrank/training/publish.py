@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from peftrank import __version__
 from peftrank.card import adapter_card
 from peftrank.errors import AdapterError
+from peftrank.peft_files import adapter_ranks
 from peftrank.ranker import Ranker
 from peftrank.store import AdapterFiles, activate, save_adapter
 from peftrank.training.data import fingerprint
@@ -60,9 +61,9 @@ def _save(run: Run, output: Path, metrics: dict[str, float]) -> Path:
         readout={name: t.detach().cpu() for name, t in run.readout.state_dict().items()},
         manifest=manifest,
     )
-    return save_adapter(
-        output, run.config.domain, files, card=adapter_card(manifest), activate=False
-    )
+    ranks = adapter_ranks(files.peft_config, files.tensors)
+    card = adapter_card(manifest, peft_config=files.peft_config, ranks=ranks)
+    return save_adapter(output, run.config.domain, files, card=card, activate=False)
 
 
 def _scores(run: Run, slates: list[Slate]) -> list[torch.Tensor]:
