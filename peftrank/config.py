@@ -203,9 +203,10 @@ class TrainingConfig(_Section):
     """Give every list another order of its candidates in each epoch, for `prompt.mode: joint`."""
     field_dropout: dict[str, _Probability] = Field(default_factory=dict)
     """By item field, how likely it is left out of an item in training: `{brand: 0.3}`."""
-    micro_tokens: int = Field(4096, ge=16)
-    """Tokens per forward pass; smaller uses less memory and gives the same gradients. A slate that
-    is longer is one pass too, because its loss needs all its scores."""
+    micro_tokens: int | Literal["auto"] = 4096
+    """Tokens per forward pass, at least 16; fewer use less memory and give the same gradients. A
+    slate is never cut, since its loss needs all its scores. auto: as many as fit in the free memory
+    (docs/training.md)."""
     learning_rate: float | None = Field(None, gt=0)
     """Of the adapter; absent: the method's own default."""
     readout_learning_rate: float = Field(1e-3, gt=0)
@@ -246,6 +247,13 @@ class TrainingConfig(_Section):
     bottom_cache_mib: int = Field(4096, ge=1)
     """The most that it may keep: in each process, or in the cache folder."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+
+    @field_validator("micro_tokens", mode="before")
+    @classmethod
+    def _enough(cls, value: object) -> object:
+        if value == "auto" or (type(value) is int and value >= 16):
+            return value
+        raise ValueError("expected a number of at least 16, or auto")
 
     @field_validator("bottom_cache", mode="before")
     @classmethod

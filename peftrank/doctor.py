@@ -9,11 +9,12 @@ from the same model. The base's stored size follows from its quantization.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import platform
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
@@ -32,7 +33,7 @@ from peftrank import plugins
 from peftrank._architectures import DECODERS, max_depth
 from peftrank._checkpoints import config_source
 from peftrank.base import Base, BaseIdentity, load_tokenizer, native_dtype, remove_dropout
-from peftrank.config import Config
+from peftrank.config import Config, override
 from peftrank.errors import BaseModelError, ConfigError, PeftRankError
 from peftrank.model import Entering, RankingModel
 from peftrank.prompts import (
@@ -45,14 +46,19 @@ from peftrank.prompts import (
 )
 from peftrank.training.bottom import lowest_adapted
 from peftrank.training.data import feature_names, read_part, step_batches
+from peftrank.training.distributed import sharding
 from peftrank.training.objective import head_scores, objective
 from peftrank.training.optimizers import state_bytes
 from peftrank.training.run import checkpoint_blocks, prompt_arguments
-from peftrank.types import Batch
+from peftrank.types import Batch, Slate
 
 _STEPS = 20
 """Steps whose batches are looked at for the largest pass."""
 _ROW_TOKENS = 512
+_FEWEST_TOKENS, _MOST_TOKENS = 128, 16_384
+FREE_SHARE = 0.8
+"""How much of the free memory `training.micro_tokens: auto` plans with. Plans were 1% below to 18%
+above what trainings took (`benchmarks.memory`), and later slates may be longer than the first."""
 _HEAP_FACTOR, _HEAP_BYTES = 1.65, 220 * 2**20
 """What glibc's heap holds beyond what is in use, as `benchmarks.memory` measured."""
 _LIBRARIES = 440 * 2**20
@@ -105,6 +111,7 @@ def memory_plan(
     processes: int = 1,
     sharded: bool = False,
     architecture: Path | None = None,
+    slates: Sequence[Slate] | None = None,
 ) -> MemoryPlan:
     """Returns the memory that a training with this configuration takes, per process.
 
@@ -115,6 +122,7 @@ def memory_plan(
         sharded: FSDP2: each process holds its share of the base, and whole layers one at a time.
         architecture: A config.json to use in place of `config.base.name`, for a base that is not
             here.
+        slates: Those that would be read; absent: they are.
 
     Raises:
         BaseModelError: the base's architecture is not known or not supported.
@@ -130,7 +138,7 @@ def memory_plan(
         peft.get_peft_model(base.model, method.config(base.model))
         layer = None if config.training.bottom_cache == "off" else lowest_adapted(base)
     tokenizer = _tokenizer(config, architecture)
-    names, batch, slate_tokens = _largest_pass(config, base, tokenizer)
+    names, batch, slate_tokens = _largest_pass(config, base, tokenizer, slates)
     with torch.device("meta"):
         readout = plugins.load("readouts", config.readout.name).build(
             base.hidden_size,
@@ -165,6 +173,107 @@ def memory_plan(
         tokens=batch.input_ids.shape[1],
         measured=slate_tokens is not None,
     )
+
+
+def settled(config: Config, *, device: str | None = None) -> Config:
+    """Returns the configuration with a number in place of `training.micro_tokens: auto`.
+
+    It is the largest power of two, up to 16,384, with which a training whose passes are full is
+    planned to take at most FREE_SHARE of the memory that is free now.
+
+    Args:
+        config: One that has a number is returned as it is.
+        device: cpu or cuda; absent: what training will use.
+
+    Raises:
+        ConfigError: even a pass of one slate is planned to take more, or what is free or needed
+            cannot be told.
+        BaseModelError: see `memory_plan`.
+    """
+    if config.training.micro_tokens != "auto":
+        return config
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    sharded = sharding(config.base.quantization, config.method.name, config.method.options)
+    room = int(FREE_SHARE * free_memory(device))
+    slates = _train_slates(config)
+    tokens = _MOST_TOKENS
+    while True:
+        fitted = override(config, {"training.micro_tokens": tokens}, source="auto")
+        plan = memory_plan(
+            fitted,
+            device=device,
+            processes=int(os.environ.get("WORLD_SIZE", "1")),
+            sharded=sharded is not None,
+            slates=slates,
+        )
+        largest = plan.rows * plan.tokens
+        # A row's length is bounded, so what a pass takes grows with the number of its rows.
+        growing = plan.activations * (_HEAP_FACTOR if device == "cpu" else 1.0)
+        full = plan.total + growing * max(0.0, tokens / largest - 1.0)
+        if full <= room:
+            return fitted
+        if tokens < largest or tokens == _FEWEST_TOKENS:  # a slate is never cut
+            raise ConfigError(
+                f"training.micro_tokens=auto finds no number: with passes of {largest} tokens a "
+                f"training is planned to take {plan.total / 2**20:,.0f} MiB, and "
+                f"{room / 2**20:,.0f} MiB may be used ({FREE_SHARE:.0%} of what is free). Free "
+                "some, adapt fewer layers (method.layers: top-K), set "
+                "training.gradient_checkpointing: true, or set a number to try it all the same."
+            )
+        fits = largest * (room - plan.total + growing) / growing
+        below = 2 ** int(math.log2(max(1.0, fits)))
+        tokens = max(_FEWEST_TOKENS, min(tokens // 2, below))
+
+
+def free_memory(device: str) -> int:
+    """Returns the bytes that this process may still take on a device.
+
+    On a CPU it is what Linux and the control group allow, divided by the processes that the
+    launcher started here.
+
+    Raises:
+        ConfigError: this system does not tell.
+    """
+    if device == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        return int(torch.cuda.mem_get_info(index)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        values = dict(line.split(":", 1) for line in lines)
+        free = 1024 * int(values["MemAvailable"].split()[0])
+    except (OSError, ValueError, KeyError):
+        raise ConfigError(
+            "training.micro_tokens=auto needs to know the free memory, which is read on Linux and "
+            "on CUDA devices. Set a number, such as the default, 4096."
+        ) from None
+    return min([free, *_group_room()]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _group_room(
+    root: Path = Path("/sys/fs/cgroup"), groups_file: Path = Path("/proc/self/cgroup")
+) -> list[int]:
+    """Returns what this process's control groups (a container's, a job's) leave, if they limit."""
+    names = (
+        (root, "memory.max", "memory.current", "inactive_file"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    )
+    try:
+        groups = groups_file.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    inside = {line.split(":", 2)[-1].strip("/") for line in groups} | {""}
+    found = []
+    for folder, limit, usage, reclaimable in names:
+        for path in inside:
+            try:
+                most = int((folder / path / limit).read_text())
+                used = int((folder / path / usage).read_text())
+                stat = (folder / path / "memory.stat").read_text().split()
+            except (OSError, ValueError):  # no such group, or no limit: "max"
+                continue
+            cache = dict(zip(stat[::2], map(int, stat[1::2]), strict=True))
+            found.append(max(0, most - used + cache.get(reclaimable, 0)))
+    return found
 
 
 def machine() -> dict[str, Any]:
@@ -334,19 +443,17 @@ def _largest_pass(
     config: Config,
     base: Base,
     tokenizer: Any,  # noqa: ANN401
+    slates: Sequence[Slate] | None,
 ) -> tuple[tuple[str, ...], Batch, int | None]:
     """Returns the feature names, the largest pass of the first steps, and the slates' tokens.
 
     The tokens are those of all slates that training reads, estimated from the first. Without
     slates the pass has full rows and the tokens are None.
     """
-    if tokenizer is None:
+    slates = _train_slates(config) if slates is None else slates
+    if tokenizer is None or not slates:
         return (), _full_rows(config), None
-    try:
-        slates = read_part(config.data, config.domain, "train")
-        names = feature_names(slates, config.data.features)
-    except PeftRankError:
-        return (), _full_rows(config), None
+    names = feature_names(slates, config.data.features)
     turn = str(plugins.load("readouts", config.readout.name).turn)
     template = PromptTemplate(
         tokenizer, **prompt_arguments(config), turn=turn, max_depth=base.max_depth
@@ -365,7 +472,7 @@ def _largest_pass(
         ordered = sorted(chosen, key=lambda s: (s.user_id, len(s.history), s.slate_id))
         trees = [template.tree(slate) for slate in ordered]
         seen, tokens = seen + len(trees), tokens + sum(map(token_count, trees))
-        for group in micro_batches(trees, training.micro_tokens):
+        for group in micro_batches(trees, _number(config)):
             part = [ordered[i] for i in group]
             batch = pack(
                 [trees[i] for i in group],
@@ -381,10 +488,27 @@ def _largest_pass(
     return names, largest, tokens * (len(slates) + training.eval_slates) // seen
 
 
+def _number(config: Config) -> int:
+    if config.training.micro_tokens == "auto":
+        raise ConfigError(
+            "a plan needs training.micro_tokens as a number, not auto: give one, or call "
+            "peftrank.doctor.settled(config) on the machine that trains."
+        )
+    return config.training.micro_tokens
+
+
+def _train_slates(config: Config) -> Sequence[Slate]:
+    """Returns the training part, nothing if it is not here."""
+    try:
+        return read_part(config.data, config.domain, "train")
+    except PeftRankError:
+        return ()
+
+
 def _full_rows(config: Config) -> Batch:
     """Returns a pass that fills `micro_tokens`: a slate of 20 candidates in each row."""
-    rows = max(1, config.training.micro_tokens // _ROW_TOKENS)
-    tokens, candidates = min(_ROW_TOKENS, config.training.micro_tokens), 20
+    rows = max(1, _number(config) // _ROW_TOKENS)
+    tokens, candidates = min(_ROW_TOKENS, _number(config)), 20
     place = torch.arange(candidates).expand(rows, candidates)
     return Batch(
         input_ids=torch.zeros(rows, tokens, dtype=torch.long),

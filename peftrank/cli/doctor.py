@@ -11,6 +11,7 @@ import typer
 from peftrank.cli import options
 
 if TYPE_CHECKING:
+    from peftrank.config import Config
     from peftrank.doctor import MemoryPlan
 
 
@@ -38,7 +39,7 @@ def command(
 ) -> None:
     """Say what works on this machine and, for a domain, how much memory training will take."""
     from peftrank.cli.settings import settings_of
-    from peftrank.doctor import machine, memory_plan
+    from peftrank.doctor import machine, memory_plan, settled
     from peftrank.errors import ConfigError
 
     found = machine()
@@ -50,6 +51,9 @@ def command(
         device = device or found["device"]
         if device not in ("cpu", "cuda"):
             raise ConfigError(f"--device {device}: expected cpu or cuda")
+        if settings.training.micro_tokens == "auto" and device == found["device"]:
+            settings = settled(settings, device=device)
+            typer.echo(f"training.micro_tokens: {settings.training.micro_tokens}", err=True)
         plan = memory_plan(
             settings, device=device, processes=gpus, sharded=sharded, architecture=architecture
         )
@@ -61,7 +65,7 @@ def command(
         return
     _show_machine(found)
     if plan is not None:
-        _show_plan(plan, found, settings.training.micro_tokens)
+        _show_plan(plan, found, settings)
 
 
 def _show_machine(found: dict[str, Any]) -> None:
@@ -77,7 +81,7 @@ def _show_machine(found: dict[str, Any]) -> None:
         typer.echo(f"  not installed: pip install 'peftrank[{','.join(missing)}]'")
 
 
-def _show_plan(plan: MemoryPlan, found: dict[str, Any], micro_tokens: int) -> None:
+def _show_plan(plan: MemoryPlan, found: dict[str, Any], settings: Config) -> None:
     source = "the largest of the first steps" if plan.measured else "full rows"
     typer.echo(
         f"\nMemory of a training process, MiB (a pass of {plan.rows} x {plan.tokens} tokens, "
@@ -86,7 +90,8 @@ def _show_plan(plan: MemoryPlan, found: dict[str, Any], micro_tokens: int) -> No
     for name, size in plan.as_json().items():
         if name not in ("rows", "tokens", "measured") and size:
             typer.echo(f"  {name:12} {size / 2**20:8,.0f}")
-    if plan.measured and plan.rows * plan.tokens > micro_tokens:
+    micro_tokens = settings.training.micro_tokens
+    if micro_tokens != "auto" and plan.measured and plan.rows * plan.tokens > micro_tokens:
         typer.echo(
             f"  One slate is more than training.micro_tokens={micro_tokens}, and its loss needs "
             "all its scores. Fewer candidates in a slate take less, or "

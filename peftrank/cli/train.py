@@ -45,6 +45,11 @@ def command(
         settings = settings_of(
             domain=domain, method=method, config=config, base=base, data=data, set_=set_
         )
+    if settings.training.micro_tokens == "auto":
+        from peftrank.doctor import settled
+
+        settings = settled(settings)
+        typer.echo(f"training.micro_tokens: {settings.training.micro_tokens}", err=True)
     path = train(settings, output=output, resume=resume, progress=not as_json)
     if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
         return

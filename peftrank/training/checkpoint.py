@@ -29,7 +29,17 @@ from peftrank.training.run import Run, Snapshot, parameter_names, put_back, snap
 
 _KEEP = 2
 _NAME = re.compile(r"checkpoint-[0-9]+")
-_VALUES = ("data", "step", "stale", "best", "best_step", "method", "best_method", "history")
+_VALUES = (
+    "data",
+    "micro_tokens",
+    "step",
+    "stale",
+    "best",
+    "best_step",
+    "method",
+    "best_method",
+    "history",
+)
 _GROUPS = ("adapter", "readout", "best_adapter", "best_readout", "optimizer", "random")
 
 
@@ -54,6 +64,7 @@ def save(run: Run) -> Path:
     values = {
         "config": run.config.model_dump(mode="json"),
         "data": run.slates_fingerprint,
+        "micro_tokens": run.micro_tokens,
         "step": run.step,
         "stale": run.stale,
         "best": run.best if math.isfinite(run.best) else None,
@@ -96,6 +107,7 @@ def restore(run: Run, saved: Checkpoint) -> None:
         run.reference.load_state_dict(groups["reference"])
     _restore_optimizer(run, groups["optimizer"])
     torch.set_rng_state(groups["random"]["torch"])
+    run.micro_tokens = values["micro_tokens"]
     run.step, run.stale, run.best_step = values["step"], values["stale"], values["best_step"]
     run.history = values["history"]
     if values["best"] is not None:

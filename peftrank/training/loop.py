@@ -13,8 +13,9 @@ import shlex
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -34,10 +35,20 @@ from peftrank.training.epochs import as_of_this_epoch
 from peftrank.training.objective import head_scores
 from peftrank.training.progress import Progress
 from peftrank.training.publish import publish
-from peftrank.training.run import Run, new_folder, put_back, shared_passes, snapshot, start
+from peftrank.training.run import (
+    Run,
+    new_folder,
+    passes,
+    put_back,
+    shared_passes,
+    snapshot,
+    start,
+)
 from peftrank.types import Batch, Slate
 
 SELECT_BY = "ndcg@10"
+_FEWEST_TOKENS = 16
+"""Per pass; what a configuration may say."""
 
 
 class Interrupted(PeftRankError):
@@ -48,6 +59,10 @@ class Interrupted(PeftRankError):
 
 class Diverged(PeftRankError):
     """The loss is not finite any more."""
+
+
+class OutOfMemory(PeftRankError):
+    """A pass of one slate does not fit in the GPU's memory."""
 
 
 def train(
@@ -71,6 +86,7 @@ def train(
     Raises:
         ConfigError, DataError, BaseModelError, AdapterError: see their messages.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint is saved.
+        Diverged, OutOfMemory: checkpoints before it stay.
     """
     saved = None if resume is None else checkpoint.load(resume)
     if saved is not None:
@@ -100,7 +116,7 @@ def measure(
 
     Raises:
         ConfigError, DataError, BaseModelError: see their messages.
-        Diverged: the loss is not finite any more.
+        Diverged, OutOfMemory: see their messages.
         Interrupted: Ctrl-C or SIGTERM.
     """
     run = start(config, folder, base)
@@ -216,6 +232,84 @@ def _backward(run: Run, slates: Sequence[Slate]) -> tuple[float, float]:
     Tokens that slates of a row share count once; padding does not count.
     """
     accelerator = run.accelerator
+    loss, tokens = _passes_backward(run, slates)
+    penalty = run.method.penalty(run.adapted)
+    if penalty is not None and accelerator.is_main_process:  # it is the same in all
+        accelerator.backward(penalty)
+    distributed.add_up_gradients(_trainable(run), accelerator)
+    total = distributed.add_up([loss, tokens], accelerator)
+    return total[0], total[1]
+
+
+def _passes_backward(run: Run, slates: Sequence[Slate]) -> tuple[float, float]:
+    """Adds the gradients of this process's passes; returns their loss and tokens.
+
+    Where a GPU's memory runs out, all processes start again with half the tokens per pass, and
+    dropout masks as if they had begun so. The step is then the one of the smaller passes.
+
+    Raises:
+        OutOfMemory: a single slate is too much.
+    """
+    while True:
+        before = _random_state(run)
+        found = None
+        # Of a sharded base, the other processes would wait for this one in the middle of a pass.
+        with suppress(*(() if run.sharded else (torch.OutOfMemoryError,))):
+            found = _try_passes(run, slates)
+        if not distributed.largest(int(found is None), run.accelerator):
+            assert found is not None
+            return found
+        _halve(run, slates)
+        run.optimizer.zero_grad()
+        _put_random_state(run, before)
+
+
+def _halve(run: Run, slates: Sequence[Slate]) -> None:
+    """Halves the tokens per pass in all processes, and says so.
+
+    Raises:
+        OutOfMemory: every pass is of one slate already.
+    """
+    parts = [(len(part), batch.input_ids.numel()) for part, batch in passes(run, slates)]
+    several = max((tokens for count, tokens in parts if count > 1), default=0)
+    several = distributed.largest(several, run.accelerator)
+    advice = (
+        "Shorten the slates (prompt.history_length, prompt.item_tokens, fewer candidates), adapt "
+        "fewer layers (method.layers: top-K), or set training.gradient_checkpointing: true."
+    )
+    if several == 0 or run.micro_tokens <= _FEWEST_TOKENS:
+        raise OutOfMemory(
+            f"step {run.step + 1}: the GPU's memory does not even hold the smallest passes "
+            f"(a slate in each, up to {max(tokens for _, tokens in parts)} tokens). {advice}"
+        )
+    torch.cuda.empty_cache()
+    run.micro_tokens = max(_FEWEST_TOKENS, min(run.micro_tokens, several) // 2)
+    if run.accelerator.is_main_process:
+        warnings.warn(
+            f"step {run.step + 1}: the GPU's memory does not hold a pass of {several} tokens. "
+            f"Training goes on with half of them, which changes no result. To begin like that, set "
+            f"training.micro_tokens: {run.micro_tokens}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _random_state(run: Run) -> list[Tensor]:
+    """Returns what dropout masks are drawn from."""
+    state = [torch.get_rng_state()]
+    if run.accelerator.device.type == "cuda":
+        state.append(torch.cuda.get_rng_state(run.accelerator.device))
+    return state
+
+
+def _put_random_state(run: Run, state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state(state[1], run.accelerator.device)
+
+
+def _try_passes(run: Run, slates: Sequence[Slate]) -> tuple[float, float]:
+    accelerator = run.accelerator
     run.model.train()
     loss, tokens = 0.0, 0
     for _, batch, counts in shared_passes(run, slates):
@@ -228,12 +322,7 @@ def _backward(run: Run, slates: Sequence[Slate]) -> tuple[float, float]:
         accelerator.backward(value)
         loss += float(value.detach())
         tokens += int((batch.segment_ids >= 0).sum()) if counts else 0
-    penalty = run.method.penalty(run.adapted)
-    if penalty is not None and accelerator.is_main_process:  # it is the same in all
-        accelerator.backward(penalty)
-    distributed.add_up_gradients(_trainable(run), accelerator)
-    total = distributed.add_up([loss, tokens], accelerator)
-    return total[0], total[1]
+    return loss, tokens
 
 
 def _reference_scores(run: Run, batch: Batch, entering: Entering | None) -> Tensor | None:

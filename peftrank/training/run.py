@@ -88,6 +88,8 @@ class Run:
     learning_rate: float
     """Peak learning rate of the adapter."""
     folder: Path
+    micro_tokens: int
+    """Tokens per forward pass: the configured ones, or fewer once memory ran out."""
     step: int = 0
     stale: int = 0
     """Evaluations since the best one."""
@@ -153,6 +155,11 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
         ConfigError, DataError, BaseModelError: see their messages.
     """
     training = config.training
+    if training.micro_tokens == "auto":
+        raise ConfigError(
+            "training.micro_tokens is auto, and only `peftrank train` makes that a number before "
+            "it trains. Set one, or in Python: train(peftrank.doctor.settled(config))"
+        )
     train = _labelled_part(config, "train")
     valid = _labelled_part(config, "valid", training.eval_slates)
     total_steps = training.max_steps or training.epochs * steps_per_epoch(
@@ -234,6 +241,7 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
         total_steps=total_steps,
         learning_rate=learning_rate,
         folder=broadcast_object_list([folder])[0],  # each process made a name
+        micro_tokens=training.micro_tokens,
         catalogue=found,
     )
     if training.bottom_cache != "off":
@@ -372,7 +380,7 @@ def passes(run: Run, slates: Sequence[Slate]) -> Iterator[tuple[list[Slate], Bat
     """
     ordered = sorted(slates, key=lambda s: (s.user_id, len(s.history), s.slate_id))
     trees = [run.tree(slate) for slate in ordered]
-    for group in micro_batches(trees, run.config.training.micro_tokens):
+    for group in micro_batches(trees, run.micro_tokens):
         part = [ordered[i] for i in group]
         batch = pack(
             [trees[i] for i in group],
