@@ -668,6 +668,7 @@ def _checkpoint() -> tuple[dict[str, Any], dict[str, bytes]]:
     values = {
         "config": Config(domain="news").model_dump(mode="json"),
         "data": "f" * 64,
+        "micro_tokens": 4096,
         "step": 3,
         "stale": 0,
         "best": 0.5,

@@ -37,6 +37,17 @@ def log_sum_exp(values):
     return math.log(sum(math.exp(value) for value in values))
 
 
+def cross_entropy(own, rivals, smoothing):
+    """Of the softmax over rivals, which include one's own score, with a smoothed target."""
+    probabilities = [math.exp(s - log_sum_exp(rivals)) for s in rivals]
+    target = [smoothing / len(rivals) + (1 - smoothing) * (s is own) for s in rivals]
+    return -sum(t * math.log(p) for t, p in zip(target, probabilities, strict=True))
+
+
+def smoothed_logistic(x, smoothing):
+    return (1 - smoothing / 2) * logistic(x) + smoothing / 2 * logistic(-x)
+
+
 def discount(rank, k=None):
     return 1 / math.log2(1 + rank) if k is None or rank <= k else 0.0
 
@@ -62,7 +73,7 @@ def listnet_terms(scores, labels, target, smoothing=0.0):
     return [p * (log_sum_exp(scores) - s) for p, s in zip(target_of, scores, strict=True)]
 
 
-def listmle_terms(scores, labels, importance=None):
+def listmle_terms(scores, labels, importance=None, smoothing=0.0):
     """Breslow: a tied candidate competes with all that is not above it; ties share a(i)."""
     n, terms = len(scores), []
     for i in range(n):
@@ -70,13 +81,17 @@ def listmle_terms(scores, labels, importance=None):
         places = [p for p in range(1, n + 1) if sorted(labels)[n - p] == labels[i]]
         share = 1 if importance is None else sum(importance(p, n) for p in places) / len(places)
         known = labels[i] > min(labels)
-        terms.append(share * (log_sum_exp(rivals) - scores[i]) if known else 0.0)
+        terms.append(share * cross_entropy(scores[i], rivals, smoothing) if known else 0.0)
     return terms
 
 
-def ranknet_terms(scores, labels, sigma):
+def ranknet_terms(scores, labels, sigma, smoothing=0.0):
     n_pairs = sum(a > b for a in labels for b in labels)
-    return pairwise(labels, lambda i, j: logistic(sigma * (scores[i] - scores[j])) / n_pairs)
+
+    def term(i, j):
+        return smoothed_logistic(sigma * (scores[i] - scores[j]), smoothing) / n_pairs
+
+    return pairwise(labels, term)
 
 
 def margin_terms(scores, labels, size):
@@ -84,12 +99,12 @@ def margin_terms(scores, labels, size):
     return pairwise(labels, lambda i, j: max(0.0, size - scores[i] + scores[j]) / n_pairs)
 
 
-def lambdarank_terms(scores, labels, sigma, k):
+def lambdarank_terms(scores, labels, sigma, k, smoothing=0.0):
     g, r = gains(labels, k), ranks(scores)
 
     def term(i, j):
         swap = abs(g[i] - g[j]) * abs(discount(r[i], k) - discount(r[j], k))
-        return swap * logistic(sigma * (scores[i] - scores[j]))
+        return swap * smoothed_logistic(sigma * (scores[i] - scores[j]), smoothing)
 
     return pairwise(labels, term)
 
@@ -149,12 +164,23 @@ def neural_ndcg_terms(scores, labels, temperature, k):
     return shortfall_terms(labels, expected, k)
 
 
-def softmax_terms(scores, labels):
+def softmax_terms(scores, labels, smoothing=0.0):
     terms = []
     for i, label in enumerate(labels):
-        below = [scores[j] - scores[i] for j, other in enumerate(labels) if other < label]
-        terms.append(math.log(1 + sum(map(math.exp, below))) if label > 0 else 0.0)
+        below = [scores[j] for j, other in enumerate(labels) if other < label]
+        own = scores[i]
+        terms.append(cross_entropy(own, [own, *below], smoothing) if label > 0 else 0.0)
     return [term / sum(label > 0 for label in labels) for term in terms]
+
+
+def smoothed_infonce_terms(scores, labels, temperature, above, smoothing):
+    binary = [int(label > above) for label in labels]
+    return softmax_terms([s / temperature for s in scores], binary, smoothing)
+
+
+def smoothed_dpo_terms(scores, labels, beta, smoothing):
+    rewards = [beta * (s - r) for s, r in zip(scores, REFERENCE, strict=True)]
+    return softmax_terms(rewards, labels, smoothing)
 
 
 def infonce_terms(scores, labels, temperature, above):
@@ -262,6 +288,37 @@ FORMULAS = [
         lambda s, y: bce_terms(s, y, 1, 0.1),
     ),
     ("mse", {}, mse_terms),
+    ("softmax", {"label_smoothing": 0.2}, lambda s, y: softmax_terms(s, y, 0.2)),
+    (
+        "infonce",
+        {"temperature": 0.5, "positive_above": 1, "label_smoothing": 0.2},
+        lambda s, y: smoothed_infonce_terms(s, y, 0.5, 1, 0.2),
+    ),
+    (
+        "softmax_dpo",
+        {
+            "beta": 0.7,
+            "reference": torch.tensor([REFERENCE], dtype=torch.float64),
+            "label_smoothing": 0.2,
+        },
+        lambda s, y: smoothed_dpo_terms(s, y, 0.7, 0.2),
+    ),
+    ("listmle", {"label_smoothing": 0.2}, lambda s, y: listmle_terms(s, y, smoothing=0.2)),
+    (
+        "p_listmle",
+        {"label_smoothing": 0.2},
+        lambda s, y: listmle_terms(s, y, paper_importance, smoothing=0.2),
+    ),
+    (
+        "ranknet",
+        {"sigma": 2.0, "label_smoothing": 0.2},
+        lambda s, y: ranknet_terms(s, y, 2.0, 0.2),
+    ),
+    (
+        "lambdarank",
+        {"sigma": 2.0, "k": 2, "label_smoothing": 0.2},
+        lambda s, y: lambdarank_terms(s, y, 2.0, 2, 0.2),
+    ),
 ]
 
 
@@ -300,6 +357,38 @@ def test_values_and_gradients_are_those_of_the_formula(name, options, terms, lab
         assert float(tensor.grad[0, i]) == pytest.approx(slope, rel=1e-5, abs=1e-7)
 
 
+SMOOTHED = ("listnet", "softmax", "infonce", "softmax_dpo", "listmle", "p_listmle", "ranknet",
+            "lambdarank")  # fmt: skip
+
+
+def test_label_smoothing_is_an_option_where_the_target_is_a_probability():
+    taking = {
+        n
+        for n in plugins.available("losses")
+        if "label_smoothing" in plugins.option_names("losses", n)
+    }
+    assert taking == {*SMOOTHED, "bce"}
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.5])
+@pytest.mark.parametrize("name", SMOOTHED)
+def test_smoothed_labels_ask_for_a_finite_lead_and_no_more(name, smoothing):
+    """Two candidates: the better one's probability 1 / (1 + exp(-lead)) should be 1 - e / 2."""
+    lead = math.log((1 - smoothing / 2) / (smoothing / 2))
+    reference = {"reference": torch.zeros(1, 2)} if name == "softmax_dpo" else {}
+
+    def slope(at, smoothing):
+        scores = torch.tensor([[at, 0.0]], dtype=torch.float64, requires_grad=True)
+        labels, mask = torch.tensor([[1.0, 0.0]]).double(), torch.ones(1, 2, dtype=torch.bool)
+        function = plugins.load("losses", name)
+        function(scores, labels, mask, label_smoothing=smoothing, **reference).sum().backward()
+        return float(scores.grad[0, 0])
+
+    assert slope(lead, smoothing) == pytest.approx(0, abs=1e-12)
+    assert slope(lead - 0.1, smoothing) < 0 < slope(lead + 0.1, smoothing)
+    assert slope(lead + 0.1, 0.0) < 0
+
+
 LOG3 = math.log2(3)
 LOGARITHMIC = {"importance": "logarithmic"}
 
@@ -310,6 +399,7 @@ LOGARITHMIC = {"importance": "logarithmic"}
         ("listnet", [0, 0, 0, 0], [1, 1, 0, 0], {}, math.log(4)),
         ("listnet", [0, math.log(3)], [0, 1], {}, math.log(4 / 3)),
         ("listnet", [0, math.log(3)], [0, 1], {"label_smoothing": 0.5}, math.log(4 / 3**0.75)),
+        ("softmax", [0, math.log(3)], [0, 1], {"label_smoothing": 0.5}, math.log(4 / 3**0.75)),
         ("softmax", [0, 0, 0, 0], [1, 1, 0, 0], {}, math.log(3)),
         ("softmax", [0, 0, 0, 0], [2, 1, 0, 0], {}, (math.log(4) + math.log(3)) / 2),
         ("infonce", [0, math.log(2)], [1, 0], {"temperature": 0.5}, math.log(5)),
@@ -319,6 +409,8 @@ LOGARITHMIC = {"importance": "logarithmic"}
         ("p_listmle", [0, 0, 0], [1, 1, 0], {}, (1 + 1 / 3) * math.log(3)),
         ("p_listmle", [0, 0, 0], [2, 1, 0], LOGARITHMIC, math.log(3) + math.log(2) / LOG3),
         ("ranknet", [0, math.log(3)], [1, 0], {}, math.log(4)),
+        ("ranknet", [0, math.log(3)], [1, 0], {"label_smoothing": 0.5}, math.log(4 / 3**0.25)),
+        ("listmle", [0, 0, math.log(2)], [0, 0, 1], {"label_smoothing": 0.6}, math.log(4 / 2**0.6)),
         ("margin", [0.2, 0.5, -3], [1, 0, 0], {}, 1.3 / 2),
         ("lambdarank", [0, 0], [1, 0], {}, (1 - 1 / LOG3) * math.log(2)),
         ("lambdaloss", [0, 0], [1, 0], {"scheme": "ndcg_loss1"}, 1 / LOG3),
@@ -430,6 +522,11 @@ def test_huge_labels_do_not_overflow_the_gains():
         ("listnet", {"gain": "cubic"}, r"loss\.gain is 'cubic'; expected linear, exponential or"),
         ("listnet", {"label_smoothing": 1.0}, r"loss\.label_smoothing is 1\.0; expected 0 or more"),
         ("bce", {"label_smoothing": -0.1}, r"loss\.label_smoothing is -0\.1"),
+        ("softmax", {"label_smoothing": 1.5}, r"loss\.label_smoothing is 1\.5"),
+        ("infonce", {"label_smoothing": -1.0}, r"loss\.label_smoothing is -1\.0"),
+        ("listmle", {"label_smoothing": 1.0}, r"loss\.label_smoothing is 1\.0"),
+        ("ranknet", {"label_smoothing": 1.0}, r"loss\.label_smoothing is 1\.0"),
+        ("lambdarank", {"label_smoothing": 1.0}, r"loss\.label_smoothing is 1\.0"),
         ("p_listmle", {"importance": "no"}, r"loss\.importance is 'no'; expected exponential or"),
         ("lambdaloss", {"scheme": "no"}, r"loss\.scheme is 'no'; expected ndcg_loss1, ndcg_loss2"),
         ("lambdaloss", {"sigma": -1.0}, r"loss\.sigma is -1\.0; expected a number above 0"),

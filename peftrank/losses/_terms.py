@@ -34,6 +34,31 @@ def differences(values: Tensor, pairs: Tensor) -> Tensor:
     return (values.unsqueeze(-1) - values.unsqueeze(-2)).masked_fill(~pairs, 0.0)
 
 
+def softmax_terms(scores: Tensor, rivals: Tensor, label_smoothing: float) -> Tensor:
+    """Returns each candidate's cross-entropy against its rivals: (S, N).
+
+    log sum_j exp(s_j) - (1 - e) s_i - e mean_j s_j over the rivals j of i, where e is the part of
+    the target's mass that is spread evenly over them.
+
+    Args:
+        scores: (S, N), finite at padding too.
+        rivals: (S, N, N) bool; [s, i, j] = i competes with j. A candidate is among its own rivals.
+        label_smoothing: e.
+    """
+    others, floor = scores.unsqueeze(-2), torch.finfo(scores.dtype).min
+    even = (others * rivals).sum(dim=-1) / rivals.sum(dim=-1).clamp_min(1)
+    denominators = torch.logsumexp(others.masked_fill(~rivals, floor), dim=-1)
+    return denominators - scores + label_smoothing * (scores - even)
+
+
+def logistic_terms(margins: Tensor, label_smoothing: float) -> Tensor:
+    """Returns log(1 + exp(-x)) + e x / 2 of margins x, of which a part e / 2 is the other way.
+
+    It is (1 - e / 2) log(1 + exp(-x)) + e / 2 log(1 + exp(x)). Any shape.
+    """
+    return torch.nn.functional.softplus(-margins) + label_smoothing / 2 * margins
+
+
 def check_positive(option: str, value: float) -> None:
     """Raises ConfigError unless an option's value is above 0."""
     if not value > 0:

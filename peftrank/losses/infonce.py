@@ -20,6 +20,7 @@ def infonce(
     *,
     temperature: float = 1.0,
     positive_above: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Returns the mean over positives i of log(1 + sum_{negatives j} exp((s_j - s_i) / t)).
 
@@ -31,10 +32,12 @@ def infonce(
         temperature: t. Low: the hardest negatives take most of the gradient. Scores that are
             cosines need about 0.05.
         positive_above: With ratings 1 to 5, 3.5 makes 4 and 5 the positives.
+        label_smoothing: As in `softmax`.
 
     Raises:
-        ConfigError: a temperature not above 0.
+        ConfigError: a temperature not above 0, or label_smoothing outside [0, 1).
     """
     check_positive("temperature", temperature)
     positive = (labels > positive_above).to(scores.dtype)
-    return softmax(scores / temperature, positive, mask, weights)
+    scaled = scores / temperature
+    return softmax(scaled, positive, mask, weights, label_smoothing=label_smoothing)

@@ -23,6 +23,7 @@ def p_listmle(
     weights: Tensor | None = None,
     *,
     importance: Literal["exponential", "logarithmic"] = "exponential",
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Returns ListMLE with the term of the i-th best labelled candidate times a(i).
 
@@ -36,9 +37,10 @@ def p_listmle(
         importance: a(i): `exponential` is the paper's 2^(n-i) - 1 for n candidates, divided by
             its value at i = 1 so that long slates do not outweigh short ones; it halves from
             each position to the next. `logarithmic` is nDCG's 1 / log2(1 + i).
+        label_smoothing: As in `listmle`.
 
     Raises:
-        ConfigError: an unknown importance.
+        ConfigError: an unknown importance, or label_smoothing outside [0, 1).
     """
     places = positions(scores)
     if importance == "exponential":
@@ -53,4 +55,5 @@ def p_listmle(
     above, tied = above.unsqueeze(-1), tied.unsqueeze(-1)
     shared = (places > above) & (places <= above + tied)  # (S, N candidates, N places)
     mean = (shared * at_place.unsqueeze(-2)).sum(dim=-1) / tied.squeeze(-1).clamp_min(1)
-    return listmle(scores, labels, mask, mean if weights is None else mean * weights)
+    weights = mean if weights is None else mean * weights
+    return listmle(scores, labels, mask, weights, label_smoothing=label_smoothing)

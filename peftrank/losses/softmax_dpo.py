@@ -23,6 +23,7 @@ def softmax_dpo(
     *,
     reference: Tensor | None = None,
     beta: float = 1.0,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Returns the softmax loss of the rewards beta (score - reference).
 
@@ -35,9 +36,12 @@ def softmax_dpo(
             computes it; it is no option of a configuration.
         beta: How strongly the scores are held to the reference: the smaller, the further they
             must move for the same loss.
+        label_smoothing: As in `softmax`, on the rewards. With one rival it is conservative DPO
+            (Mitchell, A note on DPO with noisy preferences, 2023) with half of it as the chance
+            that a preference is the other way.
 
     Raises:
-        ConfigError: no reference, or a beta not above 0.
+        ConfigError: no reference, a beta not above 0, or label_smoothing outside [0, 1).
     """
     check_positive("beta", beta)
     if reference is None:
@@ -45,4 +49,5 @@ def softmax_dpo(
             "softmax_dpo needs the scores of a frozen reference for the same candidates, "
             "reference=(S, N), and got none. Without a reference, use the loss softmax."
         )
-    return softmax(beta * (scores - reference.detach()), labels, mask, weights)
+    rewards = beta * (scores - reference.detach())
+    return softmax(rewards, labels, mask, weights, label_smoothing=label_smoothing)
