@@ -150,6 +150,8 @@ def test_a_loss_is_linear_in_the_weights(case, seed):
 @few
 @every_seed
 def test_a_loss_falls_along_its_negative_gradient(case, seed):
+    if case[0] == "neural_ndcg":  # its bound, for sorts that have not settled, has no gradient
+        case = case[0], {k: v for k, v in case[1].items() if k == "k"}
     slates = {**make(seed, n_slates=1), "weights": None}
     value, gradient = value_and_gradient(case, slates)
     largest = gradient.abs().max()
