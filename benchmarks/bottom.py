@@ -65,7 +65,7 @@ def configured(options: argparse.Namespace, quantization: str) -> Config:
 
 def compared(run: Run, base: Base, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     slates = run.train[: options.slates]
-    trees = {"train": [run.tree(slate) for slate in slates]}
+    trees = {"train": [run.template.tree(slate) for slate in slates]}
     memory = bottoms(base, trees, where="memory", limit=2**40)
     disk = bottoms(base, trees, where="memory", limit=2**40)
     disk["train"].keep(folder / "states")

@@ -45,8 +45,9 @@ from peftrank.prompts import (
     token_count,
 )
 from peftrank.training.bottom import lowest_adapted
-from peftrank.training.data import feature_names, read_part, step_batches
+from peftrank.training.data import feature_names, open_part, step_batches
 from peftrank.training.distributed import sharding
+from peftrank.training.facts import facts
 from peftrank.training.objective import head_scores, objective
 from peftrank.training.optimizers import state_bytes
 from peftrank.training.run import checkpoint_blocks, prompt_arguments
@@ -453,7 +454,7 @@ def _largest_pass(
     slates = _train_slates(config) if slates is None else slates
     if tokenizer is None or not slates:
         return (), _full_rows(config), None
-    names = feature_names(slates, config.data.features)
+    names = feature_names(facts(slates).features, config.data.features)
     turn = str(plugins.load("readouts", config.readout.name).turn)
     template = PromptTemplate(
         tokenizer, **prompt_arguments(config), turn=turn, max_depth=base.max_depth
@@ -500,7 +501,7 @@ def _number(config: Config) -> int:
 def _train_slates(config: Config) -> Sequence[Slate]:
     """Returns the training part, nothing if it is not here."""
     try:
-        return read_part(config.data, config.domain, "train")
+        return open_part(config.data, config.domain, "train")
     except PeftRankError:
         return ()
 

@@ -30,7 +30,7 @@ from peftrank.formats._log import Log
 from peftrank.formats.slates import write_items, write_slates
 from peftrank.types import Item, Slate
 
-SHARD = 50_000
+SHARD = 16_384
 """Slates in a Parquet file, at most."""
 _FOLDS = 10
 _PIECE = 4096

@@ -38,7 +38,7 @@ from peftrank.config import Config, override, read_yaml
 from peftrank.errors import ConfigError
 from peftrank.files import write_bytes
 from peftrank.training.checkpoint import differences
-from peftrank.training.data import fingerprint, read_part
+from peftrank.training.data import fingerprint, open_part
 from peftrank.training.distributed import start_accelerator
 from peftrank.training.loop import Diverged, Interrupted, measure
 from peftrank.training.run import configured_base
@@ -314,11 +314,11 @@ def _study(optuna: Any, config: Config, space: Space, storage: Path) -> optuna.S
         pruner=optuna.pruners.MedianPruner(),
         load_if_exists=True,
     )
-    slates = [s for part in ("train", "valid") for s in read_part(config.data, config.domain, part)]
+    parts = (open_part(config.data, config.domain, part) for part in ("train", "valid"))
     now = {
         "config": config.model_dump(mode="json"),
         "space": {key: values.model_dump(mode="json") for key, values in space.items()},
-        "data": {"fingerprint": fingerprint(slates)},
+        "data": {"fingerprint": " ".join(map(fingerprint, parts))},
     }
     now = json.loads(json.dumps(now))
     then = study.user_attrs.get("of")

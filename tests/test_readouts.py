@@ -86,10 +86,9 @@ def test_token_readouts_refuse_features(readout, tiny_decoder):
 
 def test_score_head_standardises_with_the_training_statistics(tiny_encoder):
     head = built(ScoreHead, tiny_encoder, feature_names=("a", "b"))
-    rows = torch.tensor([[1.0, float("nan")], [3.0, 5.0], [5.0, 5.0]])
-    head.fit_features(rows)
+    head.fit_features(torch.tensor([3.0, 5.0]), torch.tensor([1.5, 0.0]))
     assert head.feature_mean.tolist() == [3.0, 5.0]
-    assert head.feature_std[0] == pytest.approx((8 / 3) ** 0.5)
+    assert head.feature_std[0] == 1.5
     assert head.feature_std[1] == 1.0  # a constant feature is not divided by zero
 
 
@@ -174,7 +173,7 @@ def test_pooled_is_the_mean_or_maximum_of_the_candidates_own_tokens(tiny_encoder
 
 def test_pooled_shares_the_features_of_the_score_head(tiny_encoder, make_slate):
     readout = built(Pooled, tiny_encoder, feature_names=("a",))
-    readout.fit_features(torch.tensor([[1.0], [3.0]]))
+    readout.fit_features(torch.tensor([2.0]), torch.tensor([1.0]))
     assert readout.head.feature_mean.tolist() == [2.0]
     template = PromptTemplate(tiny_encoder.tokenizer, parts=PARTS)
     slate = make_slate(features=("a",))

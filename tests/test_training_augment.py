@@ -26,7 +26,6 @@ from peftrank.evaluation import evaluate
 from peftrank.ranker import Ranker
 from peftrank.training import loop, train
 from peftrank.training.augment import shuffled, with_fields_dropped
-from peftrank.training.run import passes, start
 from peftrank.types import Item, Slate
 
 JOINT = {"mode": "joint", "chat": "off", "template": {"candidate": "- {{ title }}\n"}}
@@ -258,21 +257,6 @@ def test_a_run_reads_each_epochs_own_slates_and_evaluates_the_given_ones(
         assert slate == shuffled(as_expected, seed=0, epoch=step // 2)
     assert len({str(slate.candidates) for _, slate in rows if slate.slate_id == "s0"}) == 3
     assert {slate.slate_id: slate for slate in evaluated} == {s.slate_id: s for s in valid}
-
-
-def test_trees_of_changed_slates_are_not_kept_nor_mixed_up(tiny_decoder, make_prompted, tmp_path):
-    config = make_prompted(BOTH_PROMPT, train=branded(8), valid=branded(4, seed=1), **BOTH)
-    run = start(config, tmp_path, tiny_decoder)
-    try:
-        for epoch in range(30):  # so that freed objects' ids come again
-            changed = shuffled(run.train[0], seed=0, epoch=epoch)
-            assert run.tree(changed) == run.template.tree(changed)
-            del changed
-        assert run.trees == {}
-        list(passes(run, run.train))
-        assert len(run.trees) == len(run.train)
-    finally:
-        run.adapted.unload()
 
 
 def test_a_run_with_both_resumes_bit_identically(tiny_decoder, make_prompted, tmp_path):

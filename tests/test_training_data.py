@@ -20,6 +20,7 @@ from peftrank.training.data import (
     step_batches,
     steps_per_epoch,
 )
+from peftrank.training.facts import facts
 from peftrank.types import Item, Slate
 
 users = st.lists(st.sampled_from("abc"), min_size=1, max_size=40)
@@ -142,12 +143,12 @@ def test_the_fingerprint_tells_labels_order_items_and_their_content_apart(make_s
 
 def test_feature_names_are_those_of_any_candidate_in_order(make_slate):
     slates = [make_slate(features=["b"]), make_slate(seed=1), make_slate(seed=2, features=["a"])]
-    assert feature_names(slates) == ("a", "b")
+    assert feature_names(facts(slates).features) == ("a", "b")
 
 
 def test_only_the_wanted_features_are_read_and_a_wrong_name_is_explained(make_slate):
-    slates = [make_slate(features=("recency", "popularity"))]
-    assert feature_names(slates, ("recency",)) == ("recency",)
-    assert feature_names(slates, ()) == ()
+    found = facts([make_slate(features=("recency", "popularity"))]).features
+    assert feature_names(found, ("recency",)) == ("recency",)
+    assert feature_names(found, ()) == ()
     with pytest.raises(ConfigError, match=r"data\.features.*'recent'.*did you mean 'recency'"):
-        feature_names(slates, ("recent",))
+        feature_names(found, ("recent",))

@@ -21,7 +21,7 @@ from peftrank.model import hidden_states, read
 from peftrank.ranker import Ranker
 from peftrank.training import checkpoint, train
 from peftrank.training.loop import _optimize, _reference_scores
-from peftrank.training.objective import with_propensities
+from peftrank.training.objective import with_propensity
 from peftrank.training.run import passes, start
 from peftrank.types import Item, Slate
 
@@ -136,7 +136,7 @@ def test_a_click_weighs_the_inverse_of_its_chance_to_be_looked_at(labels, power,
     items = tuple(Item(str(i), {"title": "x"}) for i in range(len(labels)))
     given_ = Propensity(power=power, largest_weight=largest)
     slate = replace(_SLATE, candidates=items, labels=tuple(labels))
-    (weighted,) = with_propensities([slate], given_)
+    weighted = with_propensity(slate, given_)
     for position, (label, weight) in enumerate(zip(labels, weighted.weights, strict=True), 1):
         expected = min(position**power, largest) if label > 0 else 1.0
         assert weight == pytest.approx(expected)
@@ -151,15 +151,15 @@ def test_positions_may_be_a_feature_and_chances_a_list():
     )
     slate = replace(_SLATE, candidates=items, labels=(1.0, 1.0, 0.0))
     chances = Propensity(examination=[0.8, 0.5], position="place")
-    (weighted,) = with_propensities([slate], chances)
+    weighted = with_propensity(slate, chances)
     assert weighted.weights == (1 / 0.5, 1 / 0.8, 1.0)  # the last chance holds for place 3
     for bad in (None, 0.0, 1.5):
         features = {} if bad is None else {"place": bad}
         wrong = replace(slate, candidates=(replace(items[0], features=features), *items[1:]))
         with pytest.raises(DataError, match=r"slate 's0'.*'place'.*position"):
-            with_propensities([wrong], chances)
+            with_propensity(wrong, chances)
     with pytest.raises(DataError, match="weights of its own"):
-        with_propensities([weighted], chances)
+        with_propensity(weighted, chances)
 
 
 def test_propensities_are_configured_and_refused_by_key(tmp_path):

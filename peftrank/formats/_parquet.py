@@ -7,6 +7,7 @@ structs, and items plain ids.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from peftrank.formats._log import Reject
 
 _ROWS = 512
 """Rows per record batch, so per piece in memory."""
+_GROUP = 128
+"""Rows of a row group that is written: what is read for one slate (`_stored.py`)."""
 _MAPS = ("fields", "features", "context", "tasks")
 _ITEM = pa.struct(
     [
@@ -55,14 +58,20 @@ def parquet_records(
         DataError: the file is damaged, or its columns are not `required` plus some of `known`.
     """
     row = 0
+    with damaged(path), pq.ParquetFile(path) as file:
+        check_columns(path, file.schema_arrow.names, known, required)
+        for batch in file.iter_batches(batch_size=_ROWS):
+            for record in rows_of(batch, path, row, reject):
+                row += 1
+                if record is not None:
+                    yield row, record
+
+
+@contextmanager
+def damaged(path: Path) -> Iterator[None]:
+    """Turns an error of Arrow or the disk into a DataError that names the file."""
     try:
-        with pq.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow.names, known, required)
-            for batch in file.iter_batches(batch_size=_ROWS):
-                for record in _rows(batch, path, row, reject):
-                    row += 1
-                    if record is not None:
-                        yield row, record
+        yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: of a name
         raise DataError(f"cannot read the Parquet file: {error}", path=path) from error
 
@@ -74,10 +83,10 @@ def write_parquet(path: Path, records: Iterable[dict[str, Any]], schema: pa.Sche
 
 
 def write_columns(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
-    """Writes tables in row groups of a few hundred rows, so that a row can be read by itself."""
+    """Writes tables in small row groups, so that a row can be read by itself."""
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for table in tables:
-            writer.write_table(table, row_group_size=_ROWS)
+            writer.write_table(table, row_group_size=_GROUP)
 
 
 def _batched(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -91,9 +100,10 @@ def _batched(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]
         yield rows
 
 
-def _check_columns(
+def check_columns(
     path: Path, names: Sequence[str], known: Sequence[str], required: Sequence[str]
 ) -> None:
+    """Raises DataError unless the columns are `required` plus some of `known`."""
     unknown = [name for name in names if name not in known]
     missing = [name for name in required if name not in names]
     if unknown or missing:
@@ -104,15 +114,16 @@ def _check_columns(
         )
 
 
-def _rows(
+def rows_of(
     batch: pa.RecordBatch, path: Path, before: int, reject: Reject
 ) -> Iterator[dict[str, Any] | None]:
+    """Yields the records of a batch with `before` rows in front of it; None for a rejected row."""
     try:
         rows = batch.to_pylist()
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         if batch.num_rows > 1:
             for place in range(batch.num_rows):
-                yield from _rows(batch.slice(place, 1), path, before + place, reject)
+                yield from rows_of(batch.slice(place, 1), path, before + place, reject)
             return
         reason = f"a value of the row cannot be read: {error}"  # a date beyond the year 9999
         if isinstance(error, UnicodeDecodeError):

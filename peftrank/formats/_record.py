@@ -12,9 +12,9 @@ from typing import Any
 from peftrank.plugins import did_you_mean
 from peftrank.types import Item, Slate
 
-_REQUIRED = ("slate_id", "user_id", "history", "candidates")
+REQUIRED = ("slate_id", "user_id", "history", "candidates")
 SLATE_KEYS = (
-    *_REQUIRED, "labels", "history_feedback", "timestamp", "domain", "context", "weights", "tasks",
+    *REQUIRED, "labels", "history_feedback", "timestamp", "domain", "context", "weights", "tasks",
 )  # fmt: skip
 ITEM_KEYS = ("item_id", "fields", "features")
 Lookup = Callable[[str], Item]
@@ -99,7 +99,7 @@ def item_record(item: Item, *, with_fields: bool = True) -> dict[str, Any]:
 def _slate(record: Any, lookup: Lookup) -> Slate:  # noqa: ANN401
     if not isinstance(record, dict):
         raise ValueError(f"a slate is an object with keys, not {_shown(record)}")
-    _check_keys(record, SLATE_KEYS, _REQUIRED, "a slate")
+    _check_keys(record, SLATE_KEYS, REQUIRED, "a slate")
     history = _items(record["history"], "history", lookup)
     candidates = _items(record["candidates"], "candidates", lookup)
     if not candidates:

@@ -105,10 +105,10 @@ class MultiTask(nn.Module):
         """The tasks beside ranking, in the order of `Batch.tasks`."""
         return tuple(name for name in self.heads if name != RANK)
 
-    def fit_features(self, features: Tensor) -> None:
-        """Sets the standardisation from features (M, F) of the training part, NaN = missing."""
+    def fit_features(self, mean: Tensor, std: Tensor) -> None:
+        """Sets the standardisation: mean and deviation (F,) of the known values in training."""
         for head in self.heads.values():
-            head.fit_features(features)  # type: ignore[operator]  # a ModuleDict of ScoreHeads
+            head.fit_features(mean, std)  # type: ignore[operator]  # a ModuleDict of ScoreHeads
 
     def forward(self, states: Tensor, batch: Batch) -> Tensor:
         """Returns scores (S, N) from states (R, T, H)."""

@@ -73,9 +73,9 @@ class Pooled(nn.Module):
         )
         return cls(head, pool)
 
-    def fit_features(self, features: Tensor) -> None:
-        """Sets the standardisation from features (M, F) of the training part, NaN = missing."""
-        self.head.fit_features(features)
+    def fit_features(self, mean: Tensor, std: Tensor) -> None:
+        """Sets the standardisation: mean and deviation (F,) of the known values in training."""
+        self.head.fit_features(mean, std)
 
     def forward(self, states: Tensor, batch: Batch) -> Tensor:
         """Returns scores (S, N) from states (R, T, H)."""

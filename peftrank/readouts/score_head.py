@@ -87,13 +87,8 @@ class ScoreHead(nn.Module):
                 raise ConfigError(f"readout.{key} is too small")
         return cls(hidden_size, len(feature_names), width, match, feature_width, text_width)
 
-    def fit_features(self, features: Tensor) -> None:
-        """Sets the standardisation from features (M, F) of the training part, NaN = missing."""
-        present = ~features.isnan()
-        count = present.sum(dim=0).clamp_min(1)
-        mean = features.nan_to_num().sum(dim=0) / count
-        squares = (features.nan_to_num() - mean).square().masked_fill(~present, 0.0)
-        std = (squares.sum(dim=0) / count).sqrt()
+    def fit_features(self, mean: Tensor, std: Tensor) -> None:
+        """Sets the standardisation: mean and deviation (F,) of the known values in training."""
         self.feature_mean.copy_(mean)
         self.feature_std.copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
 

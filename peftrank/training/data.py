@@ -6,15 +6,21 @@ The order is a function of the seed and the epoch alone, so a resumed run contin
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from peftrank._chunks import ranges
+from peftrank._lists import Ints
 from peftrank.config import DataConfig
 from peftrank.errors import ConfigError
 from peftrank.formats._record import slate_record
+from peftrank.formats._stored import StoredSlates, stored_slates
 from peftrank.formats.slates import read_slates
 from peftrank.plugins import did_you_mean
 from peftrank.samples import sample_path, samples
@@ -74,6 +80,16 @@ def read_part(data: DataConfig, domain: str, part: str) -> list[Slate]:
     return list(read_slates(part_path(data, domain, part), items=data.items))
 
 
+def open_part(data: DataConfig, domain: str, part: str) -> Sequence[Slate]:
+    """Returns a part's slates in file order; those of Parquet files are read when they are used.
+
+    Raises:
+        DataError: a file is missing or damaged; of another kind of file, also a malformed row.
+    """
+    stored = stored_slates(part_path(data, domain, part), data.items)
+    return read_part(data, domain, part) if stored is None else stored
+
+
 def step_batches(
     slates: Sequence[Slate],
     batch_size: int,
@@ -82,33 +98,58 @@ def step_batches(
     seed: int,
     first_step: int,
     total_steps: int,
-) -> Iterator[list[Slate]]:
+) -> Iterator[Sequence[Slate]]:
     """Yields the slates of each optimizer step from `first_step` (0-based) on.
 
     Every epoch is a fresh order; its last batch may be smaller. Up to `together` successive slates
     of one user stay neighbours, because in a row they share the history and cost less.
     """
-    blocks = _user_blocks(slates, together)
+    start = _block_starts(slates, together)
+    size = np.diff(np.append(start, len(slates)))
     per_epoch = steps_per_epoch(len(slates), batch_size)
     for epoch in range(first_step // per_epoch, -(-total_steps // per_epoch)):
-        order = np.random.default_rng([seed, epoch]).permutation(len(blocks))
-        shuffled = [i for block in order for i in blocks[block]]
+        order = np.random.default_rng([seed, epoch]).permutation(len(start))
+        shuffled = ranges(start[order], size[order])
         for step in range(per_epoch):
             if first_step <= epoch * per_epoch + step < total_steps:
-                chosen = shuffled[step * batch_size : (step + 1) * batch_size]
-                yield [slates[i] for i in chosen]
+                yield chosen(slates, shuffled[step * batch_size : (step + 1) * batch_size])
 
 
-def _user_blocks(slates: Sequence[Slate], together: int) -> list[list[int]]:
-    """Cuts 0..len-1 into runs of one user's slates, each at most `together` long."""
-    blocks: list[list[int]] = []
-    for i, slate in enumerate(slates):
-        fits = blocks and len(blocks[-1]) < together
-        if fits and slates[blocks[-1][0]].user_id == slate.user_id:
-            blocks[-1].append(i)
-        else:
-            blocks.append([i])
-    return blocks
+def _block_starts(slates: Sequence[Slate], together: int) -> Ints:
+    """Returns where the runs of one user's slates begin, each cut to at most `together`."""
+    changes = np.flatnonzero(new_users(slates))
+    length = np.diff(np.append(changes, len(slates)))
+    blocks = -(-length // together)
+    return np.repeat(changes, blocks) + together * ranges(np.zeros_like(blocks), blocks)
+
+
+def new_users(slates: Sequence[Slate]) -> np.ndarray:
+    """Returns, for each slate, whether its user is another than that of the slate before it."""
+    if not isinstance(slates, StoredSlates):
+        users = [None, *(slate.user_id for slate in slates)]
+        return np.array([a != b for a, b in itertools.pairwise(users)], bool)
+    found = [np.zeros(0, bool)]
+    last = pa.array([None], pa.string())
+    for batch in slates.columns(("user_id",)):
+        named = pa.concat_arrays([last, batch.column(0).cast(pa.string())])
+        # Unequal to nothing: the first, and what is no user and will be refused when it is read.
+        found.append(np.asarray(pc.fill_null(pc.not_equal(named[1:], named[:-1]), True)))
+        last = named[-1:]
+    return np.concatenate(found)
+
+
+def chosen(slates: Sequence[Slate], places: Ints) -> Sequence[Slate]:
+    """Returns the slates at the given places; stored ones are read when they are used."""
+    if isinstance(slates, StoredSlates):
+        return slates.choose(places)
+    return [slates[place] for place in places.tolist()]
+
+
+def changed(slates: Sequence[Slate], change: Callable[[Slate], Slate]) -> Sequence[Slate]:
+    """Returns the slates as `change` makes them; stored ones are changed when they are read."""
+    if isinstance(slates, StoredSlates):
+        return slates.changed(change)
+    return [change(slate) for slate in slates]
 
 
 def steps_per_epoch(n_slates: int, batch_size: int) -> int:
@@ -117,20 +158,24 @@ def steps_per_epoch(n_slates: int, batch_size: int) -> int:
 
 
 def fingerprint(slates: Sequence[Slate]) -> str:
-    """Returns a SHA-256 over all that the slates hold: equal for equal slates in equal order."""
+    """Returns a SHA-256 over all that the slates hold: equal for equal slates in equal order.
+
+    That of stored slates is over their files and the items file.
+    """
+    if isinstance(slates, StoredSlates):
+        return slates.files_fingerprint()
     digest = hashlib.sha256()
     for slate in slates:
         digest.update(json.dumps(slate_record(slate), sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def feature_names(slates: Sequence[Slate], wanted: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Returns the candidate features to read, sorted: the wanted ones, or all that occur.
+def feature_names(found: Collection[str], wanted: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Returns the candidate features to read, sorted: the wanted ones, or all that were found.
 
     Raises:
         ConfigError: a wanted feature occurs in no slate.
     """
-    found = {name for slate in slates for item in slate.candidates for name in item.features}
     if wanted is None:
         return tuple(sorted(found))
     for name in wanted:

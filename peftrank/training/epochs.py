@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 
 import torch
 
 from peftrank.training import distributed
 from peftrank.training.augment import shuffled, with_fields_dropped
-from peftrank.training.data import steps_per_epoch
+from peftrank.training.data import changed, steps_per_epoch
 from peftrank.training.negatives import drawn, hardest, irrelevant, redrawn, stage
 from peftrank.training.run import Run, shared_passes
 from peftrank.types import Item, Slate
@@ -25,12 +26,15 @@ def as_of_this_epoch(run: Run, slates: Sequence[Slate]) -> Sequence[Slate]:
     training, seed = run.config.training, run.config.seed
     epoch = run.step // steps_per_epoch(len(run.train), training.batch_size)
     if training.negatives is not None:
-        slates = _with_negatives(run, slates, epoch)
+        slates = _with_negatives(run, list(slates), epoch)
     if dropped := training.field_dropout:
         kept = run.template.candidate_fields.difference(dropped)
-        slates = [with_fields_dropped(s, dropped, kept, seed=seed, epoch=epoch) for s in slates]
+        drop = partial(
+            with_fields_dropped, probabilities=dropped, kept=kept, seed=seed, epoch=epoch
+        )
+        slates = changed(slates, drop)
     if training.shuffle_candidates:
-        slates = [shuffled(slate, seed=seed, epoch=epoch) for slate in slates]
+        slates = changed(slates, partial(shuffled, seed=seed, epoch=epoch))
     return slates
 
 

@@ -6,7 +6,7 @@ It knows no model: the scores of the frozen reference are computed by its caller
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,8 +122,14 @@ def head_scores(
     return {RANK: model(batch, entering)}
 
 
-def check_tasks(made: Objective, readout: nn.Module, slates: Sequence[Slate]) -> None:
-    """Raises ConfigError unless every head has a loss and every task some values to learn."""
+def check_tasks(made: Objective, readout: nn.Module, found: Mapping[str, bool]) -> None:
+    """Raises ConfigError unless every head has a loss and every task some values to learn.
+
+    Args:
+        made: The objective.
+        readout: Its heads are named by task.
+        found: The tasks of the training slates, and whether any value of each is known.
+    """
     # Only a readout of several heads has tasks.
     heads = tuple(getattr(readout, "tasks", ()))
     if set(heads) != set(made.tasks):
@@ -132,17 +138,16 @@ def check_tasks(made: Objective, readout: nn.Module, slates: Sequence[Slate]) ->
             f"{', '.join(made.tasks) or 'none'}; name the same tasks in both (readout multi_task)"
         )
     for name in heads:
-        if not any(v is not None for slate in slates for v in slate.tasks.get(name, ())):
-            known = sorted({task for slate in slates for task in slate.tasks})
+        if not found.get(name, False):
+            known = sorted(found)
             raise ConfigError(
                 f"no training slate has a value of the task {name!r}"
                 f"{plugins.did_you_mean(name, known)}. There are: {', '.join(known) or 'none'}."
             )
 
 
-def check_weights(made: Objective, slates: Sequence[Slate]) -> None:
-    """Raises ConfigError if slates have weights that the loss cannot use."""
-    weighted = next((slate for slate in slates if slate.weights is not None), None)
+def check_weights(made: Objective, weighted: Slate | None) -> None:
+    """Raises ConfigError if slates have weights (`weighted` is one) that the loss cannot use."""
     if weighted is not None and not made.ranking.takes_weights:
         raise ConfigError(
             f"slate {weighted.slate_id!r} has weights, and the loss {made.ranking.name!r} has no "
@@ -151,20 +156,16 @@ def check_weights(made: Objective, slates: Sequence[Slate]) -> None:
         )
 
 
-def with_propensities(slates: Sequence[Slate], given: Propensity) -> list[Slate]:
-    """Returns slates whose clicks weigh 1 / (the chance that their position was looked at).
+def with_propensity(slate: Slate, given: Propensity) -> Slate:
+    """Returns a slate whose clicks weigh 1 / (the chance that their position was looked at).
 
     A candidate with a label above 0 is a click; the others keep the weight 1. Joachims et al.,
     Unbiased Learning-to-Rank with Biased Feedback, WSDM 2017, with weights cut at
     `largest_weight`.
 
     Raises:
-        DataError: a slate has weights of its own, or a position is missing or no place of a list.
+        DataError: the slate has weights of its own, or a position is missing or no place of a list.
     """
-    return [_with_propensities(slate, given) for slate in slates]
-
-
-def _with_propensities(slate: Slate, given: Propensity) -> Slate:
     if slate.weights is not None:
         raise DataError(
             f"slate {slate.slate_id!r} has weights of its own, and loss.propensity is to set "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from peftrank import plugins
 from peftrank.base import Base, load_base, native_dtype
 from peftrank.config import Config
 from peftrank.errors import ConfigError, DataError, PeftRankError
+from peftrank.formats.slates import read_slates
 from peftrank.model import Entering, RankingModel, move
 from peftrank.prompts import (
     PromptTemplate,
@@ -35,22 +37,24 @@ from peftrank.training import distributed
 from peftrank.training.augment import check_augmentation
 from peftrank.training.bottom import Bottom, bottoms
 from peftrank.training.data import (
+    changed,
     feature_names,
     fingerprint,
+    open_part,
     part_path,
-    read_part,
     steps_per_epoch,
 )
+from peftrank.training.facts import Facts, facts
 from peftrank.training.negatives import Catalogue, catalogue, check_catalogue, check_negatives
 from peftrank.training.objective import (
     Objective,
     check_tasks,
     check_weights,
     objective,
-    with_propensities,
+    with_propensity,
 )
 from peftrank.training.optimizers import check_optimizer, make_optimizer, peak_learning_rate
-from peftrank.types import Batch, PromptTree, Slate
+from peftrank.types import Batch, Slate
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ class Run:
     objective: Objective
     reference: nn.Module | None
     """The readout as it was at the start, where the loss compares with a frozen reference."""
-    train: list[Slate]
+    train: Sequence[Slate]
+    """Those of Parquet files are read when they are used."""
     valid: list[Slate]
     features: tuple[str, ...]
     total_steps: int
@@ -99,7 +104,6 @@ class Run:
     history: list[dict[str, float]] = field(default_factory=list)
     """What was logged, one row per step."""
 
-    trees: dict[int, PromptTree] = field(default_factory=dict)
     catalogue: Catalogue | None = None
     """Where training draws irrelevant candidates."""
     bottoms: dict[str, Bottom] = field(default_factory=dict)
@@ -108,23 +112,7 @@ class Run:
     @cached_property
     def slates_fingerprint(self) -> str:
         """Of the training and validation slates."""
-        return fingerprint([*self.train, *self.valid])
-
-    @cached_property
-    def _lasting(self) -> frozenset[int]:
-        return frozenset(id(slate) for slate in (*self.train, *self.valid))
-
-    def tree(self, slate: Slate) -> PromptTree:
-        """Returns the prompt tree of a slate; of those in `train` or `valid`, made once in a run.
-
-        Slates that an epoch changes are let go of after their step, and so are their trees.
-        """
-        key = id(slate)  # unlike slate ids, no two slates of the run share it
-        if key not in self._lasting:  # another slate may get its id when it is gone
-            return self.template.tree(slate)
-        if key not in self.trees:
-            self.trees[key] = self.template.tree(slate)
-        return self.trees[key]
+        return f"{fingerprint(self.train)} {fingerprint(self.valid)}"
 
     def entering(self, part: str, batch: Batch) -> Entering | None:
         """Returns what is kept of the lower layers for slates of `train` or `valid`."""
@@ -160,8 +148,12 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
             "training.micro_tokens is auto, and only `peftrank train` makes that a number before "
             "it trains. Set one, or in Python: train(peftrank.doctor.settled(config))"
         )
-    train = _labelled_part(config, "train")
-    valid = _labelled_part(config, "valid", training.eval_slates)
+    train = open_part(config.data, config.domain, "train")
+    known = facts(train)
+    _check_labelled(config, "train", train, known)
+    read = read_slates(part_path(config.data, config.domain, "valid"), items=config.data.items)
+    valid = list(itertools.islice(read, training.eval_slates))
+    _check_labelled(config, "valid", valid, facts(valid))
     total_steps = training.max_steps or training.epochs * steps_per_epoch(
         len(train), training.batch_size
     )
@@ -169,10 +161,12 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
         total_steps=total_steps, **config.method.options
     )
     minimised = objective(config)
+    weighted = known.weighted
     if config.loss.propensity is not None:
-        train = with_propensities(train, config.loss.propensity)
-    check_weights(minimised, train)
-    features = feature_names(train, config.data.features)
+        train = changed(train, partial(with_propensity, given=config.loss.propensity))
+        weighted = weighted or 0  # with weights of its own, it raises when it is read
+    check_weights(minimised, None if weighted is None else train[weighted])
+    features = feature_names(known.features, config.data.features)
     found = None
     if training.negatives is not None:
         check_negatives(config, features)
@@ -197,8 +191,8 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
         )
     torch.manual_seed(config.seed)
     base = base or configured_base(config, accelerator.device, sharded=sharding is not None)
-    readout = _build_readout(config, base, features, train)
-    check_tasks(minimised, readout, train)
+    readout = _build_readout(config, base, features, known)
+    check_tasks(minimised, readout, known.tasks)
     template = PromptTemplate(
         base.tokenizer,
         **prompt_arguments(config),
@@ -245,11 +239,13 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
         catalogue=found,
     )
     if training.bottom_cache != "off":
-        parts = {"train": train, "valid": valid}
         try:
             run.bottoms = bottoms(
                 base,
-                {name: [run.tree(slate) for slate in slates] for name, slates in parts.items()},
+                {
+                    "train": list(map(template.tree, train)),
+                    "valid": list(map(template.tree, valid)),
+                },
                 where=training.bottom_cache,
                 limit=training.bottom_cache_mib * 2**20,
             )
@@ -259,20 +255,18 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
     return run
 
 
-def _labelled_part(config: Config, part: str, limit: int | None = None) -> list[Slate]:
-    slates = read_part(config.data, config.domain, part)[:limit]
+def _check_labelled(config: Config, part: str, slates: Sequence[Slate], known: Facts) -> None:
     if not slates:
         path = part_path(config.data, config.domain, part)
         raise DataError(f"no slate here; expected the {part} slates, one a line", path=path)
-    for slate in slates:
-        if slate.labels is None:
-            raise DataError(f"slate {slate.slate_id!r} of the {part} part has no labels")
-    if not any(label > 0 for slate in slates for label in slate.labels or ()):
+    if known.unlabelled is not None:
+        name = slates[known.unlabelled].slate_id
+        raise DataError(f"slate {name!r} of the {part} part has no labels")
+    if not known.relevant:
         raise DataError(
             f"none of the {len(slates)} slates that are read of the {part} part has a relevant "
             "candidate (a label above 0), so there is nothing to learn from or to measure"
         )
-    return slates
 
 
 def configured_base(config: Config, device: torch.device, *, sharded: bool = False) -> Base:
@@ -296,7 +290,7 @@ def configured_base(config: Config, device: torch.device, *, sharded: bool = Fal
 
 
 def _build_readout(
-    config: Config, base: Base, features: tuple[str, ...], train: Sequence[Slate]
+    config: Config, base: Base, features: tuple[str, ...], known: Facts
 ) -> nn.Module:
     readout: nn.Module = (
         plugins.load("readouts", config.readout.name)
@@ -310,14 +304,9 @@ def _build_readout(
         .to(base.device)
     )
     if features:
-        missing = float("nan")
-        rows = [
-            [item.features.get(name, missing) for name in features]
-            for slate in train
-            for item in slate.candidates
-        ]
         fit: Any = readout.fit_features
-        fit(torch.tensor(rows, device=base.device))
+        moments = torch.tensor([known.features[name] for name in features], device=base.device)
+        fit(*moments.float().unbind(dim=1))
     return readout
 
 
@@ -379,7 +368,7 @@ def passes(run: Run, slates: Sequence[Slate]) -> Iterator[tuple[list[Slate], Bat
     its slate, so a longer slate is one pass too.
     """
     ordered = sorted(slates, key=lambda s: (s.user_id, len(s.history), s.slate_id))
-    trees = [run.tree(slate) for slate in ordered]
+    trees = [run.template.tree(slate) for slate in ordered]
     for group in micro_batches(trees, run.micro_tokens):
         part = [ordered[i] for i in group]
         batch = pack(
