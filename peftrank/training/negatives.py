@@ -50,13 +50,13 @@ def catalogue(slates: Sequence[Slate], fields: Sequence[str]) -> Catalogue:
                 found[item.item_id] = replace(item, features={})
     items = tuple(found[name] for name in sorted(found))
     place = {item.item_id: i for i, item in enumerate(items)}
-    pairs = {
+    pairs = (
         users[slate.user_id] * len(items) + place[item.item_id]
         for slate in slates
         for item in (*slate.history, *_relevant(slate))
         if item.item_id in place
-    }
-    known = np.array(sorted(pairs), np.int64)
+    )
+    known = np.unique(np.fromiter(pairs, np.int64))
     met = np.bincount(known % max(1, len(items)), minlength=len(items))
     return Catalogue(items, met.astype(np.float64), known, users)
 
