@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import data, games, inference, startup, training
+from benchmarks import data, games, inference, lengths, startup, training
 from benchmarks.peers import compare, generated, letters, ours, pointwise, pointwise_kv
 from benchmarks.peers.setting import batches, setting, synthetic
 from peftrank.config import load_config
@@ -202,3 +202,26 @@ def test_preparing_a_simulated_log_is_timed(tmp_path, capsys):
     assert row["slates"] > 250
     assert row["peak_bytes"] > 0
     assert "| 2,000 |" in capsys.readouterr().out
+
+
+def test_lengths_are_scored_in_rows_as_in_one(tiny_decoder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lengths, "load_base", lambda name, **_: tiny_decoder)
+    found = tmp_path / "lengths.json"
+    options = ["--lengths", "2", "90", "--micro-tokens", "900", "--rounds", "1"]
+    lengths.main([*options, f"--json={found}"])
+    rows = json.loads(found.read_text(encoding="utf-8"))["rows"]
+    sizes = [(row["history"], row["candidates"]) for row in rows]
+    assert sizes == [(10, 20), (10, 2), (10, 90), (2, 20), (90, 20)]
+    assert len([line for line in capsys.readouterr().out.splitlines() if line[:3] == "| 1"]) == 3
+    assert all(row["computed_tokens"] >= row["tokens"] > 0 for row in rows)
+    assert rows[2]["computed_tokens"] > rows[2]["tokens"]  # in rows
+
+
+def test_a_length_in_rows_is_scored_as_in_one_row(tiny_decoder):
+    given = setting(tiny_decoder, (), micro_tokens=900)
+    tree = given.template(max_tokens=10**6).tree(lengths.slate(10, 90))
+    torch.manual_seed(0)
+    split = lengths.scoring(given, tree)()
+    torch.manual_seed(0)
+    assert lengths.scoring(given, tree, one_row=True)() == pytest.approx(split, abs=1e-4)
+    assert len(split) == 90
