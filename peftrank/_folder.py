@@ -77,6 +77,7 @@ class _Prompt(BaseModel):
     history_length: int = Field(0, ge=0)
     history_step: int = Field(1, ge=1)
     item_tokens: int = Field(1, ge=1)
+    window: int = Field(20, ge=2, le=26)
     max_tokens: int = Field(1, ge=1)
     chat: str = ""
     turn: str = ""

@@ -32,7 +32,7 @@ _PACKAGE = Path(__file__).parent
 _CONFIGS = next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir())
 DOMAIN_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 """A domain names a folder of the store, so it holds no dot and no separator."""
-PARTS = ("preamble", "history", "question", "candidate", "answer")
+PARTS = ("preamble", "history", "question", "candidate", "answer", "choice")
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 _Probability = Annotated[float, Field(gt=0, lt=1)]
 _LARGEST_INT = 2**63 - 1
@@ -137,6 +137,9 @@ class Template(_Section):
     question: str = ""
     candidate: str = "{{ title }}"
     answer: str = ""
+    """Behind each candidate, for readout yes_no."""
+    choice: str = "\nWhich one comes next? Answer with its letter."
+    """Behind a list, for readout identifier; it sees no item."""
 
 
 class PromptConfig(_Section):
@@ -155,9 +158,12 @@ class PromptConfig(_Section):
     user's successive prompts begin alike (docs/prompts.md)."""
     item_tokens: int = Field(32, ge=1)
     """Text of one item is cut at this many tokens."""
+    window: int = Field(20, ge=2, le=26)
+    """For readout identifier: the most candidates that are read as one list, named A to Z."""
     max_tokens: int = Field(2048, ge=16)
     """Budget of what is read together: in isolated mode the user's part and one candidate, however
-    many there are; else the whole slate. Oldest history is left out first, a candidate never."""
+    many there are; with readout identifier the user's part and one window; else the whole slate.
+    Oldest history is left out first, a candidate never."""
     chat: Literal["auto", "off"] = "auto"
     """auto: wrap in the base's chat template where it has one."""
 

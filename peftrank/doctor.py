@@ -523,6 +523,7 @@ def _full_rows(config: Config) -> Batch:
         before=(place - 1).contiguous(),
         trunk=torch.zeros(rows, dtype=torch.long),
         mask=torch.ones(rows, candidates, dtype=torch.bool),
+        letters=torch.zeros(rows, candidates, dtype=torch.long),
         labels=torch.ones(rows, candidates),
         tasks=torch.ones(rows, candidates, len(config.loss.tasks or ())),
     )

@@ -485,7 +485,7 @@ class Ranker:
         if any(True for _ in made.parameters()):
             raise ConfigError(
                 f"readout {readout!r} has weights and nothing trained them. Without an adapter use "
-                "yes_no or likelihood."
+                "yes_no, likelihood or identifier."
             )
         needs: dict[str, Any] = {"turn": _turn(made), "max_depth": self.base.max_depth}
         if prompt.get("mode") == "set":
@@ -506,7 +506,8 @@ class Ranker:
     def _untrained(self, domain: _Domain) -> _Domain:
         found = self._plain.get(domain.name)
         if found is None or found[0] is not domain:
-            prompt = domain.template.describe()
+            # Alone, so that a list of any length can be read.
+            prompt = {**domain.template.describe(), "mode": "isolated"}
             found = domain, self._without_adapter(domain.name, prompt, "likelihood", {})
             self._plain[domain.name] = found
         return found[1]

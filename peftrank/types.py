@@ -93,6 +93,11 @@ class PromptTree:
     markers: tuple[int, ...] = ()
     """Per candidate, the segment of its marker, a child of the candidate's. Markers of a tree see
     each other too. Empty unless candidates are to be compared with each other (mode `set`)."""
+    answers: tuple[int, ...] = ()
+    """Per candidate, the segment behind its list, at whose end the model answers with a letter; the
+    candidates of a list share it. Empty unless the prompt asks for letters."""
+    letters: tuple[int, ...] = ()
+    """Per candidate, the letter it has in its list, 0 = A. The first candidate is the A of all."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +135,8 @@ class Batch:
     row: Tensor
     """(S, N) long; the row each candidate lies in."""
     end: Tensor
-    """(S, N) long; last token of the candidate's segment, or its marker's: where scalar readouts
-    read."""
+    """(S, N) long; last token of the candidate's segment, its marker or its list's answer: where
+    scalar readouts read."""
     start: Tensor
     """(S, N) long; first token of the candidate's own text."""
     stop: Tensor
@@ -142,6 +147,8 @@ class Batch:
     """(S,) long; the last token of what the slate's first candidate hangs from, -1 if nothing."""
     mask: Tensor
     """(S, N) bool; False where a shorter slate is padded."""
+    letters: Tensor | None = None
+    """(S, N) long; see `PromptTree.letters`. None if no tree has any."""
     labels: Tensor | None = None
     """(S, N) float; 0 at padding."""
     weights: Tensor | None = None

@@ -44,7 +44,7 @@ from peftrank.methods._sites import bottleneck_sites, norm_names
 from peftrank.peft_files import ia3_factors, lora_layers, lora_ranks
 from peftrank.prompts import token_count
 from peftrank.prompts.template import MODES, TURNS, PromptTemplate
-from peftrank.prompts.tree import path_tokens
+from peftrank.prompts.tree import ends, path_tokens
 from peftrank.serving import _schemas, history
 from peftrank.serving.settings import ServeSettings
 from peftrank.training import checkpoint
@@ -831,6 +831,7 @@ _PARTS = {
     "question": "Next:",
     "candidate": "{% if brand %}{{ brand | upper }}: {% endif %}{{ title }}",
     "answer": "\nLiked?",
+    "choice": "\nWhich of {{ context.device }}?",
 }
 _JINJA = (
     "{{ title }}", "{{ brand }}", "{{ context.device }}", "{{ context['device'] }}",
@@ -913,6 +914,8 @@ def _make_prompt(rng: Random) -> tuple:
     options |= {"mode": rng.choice(MODES), "turn": rng.choice(TURNS[::2])}
     if rng.random() < 0.3:
         options |= {"mode": "isolated", "turn": "after"}
+    elif rng.random() < 0.3:
+        options |= {"mode": "joint", "turn": "list", "window": rng.choice((2, 3, 26))}
     options["max_tokens"] = rng.choice((16, 500, 2048, 10**6))
     if rng.random() < 0.15:
         options = mutations.mutate_value(rng, options)
@@ -945,8 +948,8 @@ def _read_prompt(given: tuple, folder: Path) -> None:
         raise AdapterError(str(error)) from error
     tree = template.tree(slate)
     size = token_count(tree)
-    if template.mode == "isolated":
-        size = max(len(path_tokens(tree, span.segment)) for span in tree.candidates)
+    if template.mode != "set":
+        size = max(len(path_tokens(tree, end)) for end in ends(tree))
     if size > template.max_tokens:
         raise AssertionError(f"{size} tokens of {template.max_tokens}")
 

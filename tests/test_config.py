@@ -46,7 +46,11 @@ def test_shipped_templates_compile_for_every_turn(domain, tokenizer):
     prompt = load_config(domain=domain).prompt
     for turn in TURNS:
         PromptTemplate(
-            tokenizer, parts=prompt.template.model_dump(), fields=prompt.fields, turn=turn
+            tokenizer,
+            parts=prompt.template.model_dump(),
+            fields=prompt.fields,
+            turn=turn,
+            mode="joint" if turn == "list" else "isolated",
         )
 
 

@@ -9,6 +9,7 @@ from conftest import _random_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from test_attention import ends
 from test_ranker import METHODS, PARTS, publish
 
@@ -20,7 +21,7 @@ from peftrank.doctor import memory_plan
 from peftrank.formats.slates import write_slates
 from peftrank.model import RankingModel, hidden_states
 from peftrank.prompts import PromptTemplate, collate, pack
-from peftrank.prompts.tree import CandidateTokens, grow
+from peftrank.prompts.tree import CandidateTokens, grow, windows
 from peftrank.ranker import Ranker
 from peftrank.training import train
 from peftrank.training.bottom import Bottom
@@ -125,14 +126,9 @@ def test_passes_over_rows_of_several_domains_give_the_scores_of_a_row_each(
         assert found == pytest.approx(one, abs=2e-6)  # a readout computes in float32
 
 
-def test_500_candidates_and_500_history_items_are_ranked_in_bounded_passes(
-    tiny_decoder, tmp_path, make_slate, monkeypatch
-):
-    parts = PARTS | {"candidate": "{{ title }} question for this user: yes no"}
-    prompt = PromptTemplate(
-        tiny_decoder.tokenizer, parts=parts, history_length=500, max_tokens=8000
-    ).describe()
-    publish(tiny_decoder, tmp_path, "news", prompt=prompt, features=("a",))
+@pytest.fixture
+def sizes(monkeypatch):
+    """The tokens of each forward pass of a ranker."""
     sizes = []
     monkeypatch.setattr(
         ranking,
@@ -141,6 +137,17 @@ def test_500_candidates_and_500_history_items_are_ranked_in_bounded_passes(
             sizes.append(batch.input_ids.numel()) or hidden_states(base, batch, **more)
         ),
     )
+    return sizes
+
+
+def test_500_candidates_and_500_history_items_are_ranked_in_bounded_passes(
+    tiny_decoder, tmp_path, make_slate, sizes
+):
+    parts = PARTS | {"candidate": "{{ title }} question for this user: yes no"}
+    prompt = PromptTemplate(
+        tiny_decoder.tokenizer, parts=parts, history_length=500, max_tokens=8000
+    ).describe()
+    publish(tiny_decoder, tmp_path, "news", prompt=prompt, features=("a",))
     for n_history, most in ((10, 1000), (500, 5000)):
         ranker = Ranker(tiny_decoder, store=tmp_path, micro_tokens=most)
         ranker.load_adapter("news")
@@ -158,6 +165,27 @@ def test_500_candidates_and_500_history_items_are_ranked_in_bounded_passes(
         ranker._row_tokens = ranker._micro_tokens = HUGE
         assert scores == pytest.approx(ranker.score(slate), abs=1e-4)
         assert len(sizes) == len(passes) + 1
+
+
+def test_windows_with_letters_are_ranked_in_bounded_passes(tiny_decoder, make_slate, sizes):
+    ranker = Ranker(tiny_decoder, micro_tokens=700)
+    prompt = {"parts": PARTS, "mode": "joint", "window": 7}
+    ranker.load_readout("news", prompt=prompt, readout="identifier")
+    slate = make_slate(5, 300, domain="news")
+    scores = ranker.score(slate)
+    assert len(sizes) > 2
+    assert max(sizes) <= 700
+    keeping = Ranker(tiny_decoder, micro_tokens=700, prefix_bytes=2**24)
+    keeping.load_readout("news", prompt=prompt, readout="identifier")
+    for _ in range(2):
+        assert keeping.score(slate) == pytest.approx(scores, abs=1e-4)
+    assert keeping.prefix_tokens > 0
+    ranker._row_tokens = ranker._micro_tokens = HUGE
+    assert scores == pytest.approx(ranker.score(slate), abs=1e-4)
+    # A window is the list of its members behind the first candidate.
+    members = (0, *windows(300, 7)[1])
+    alone = replace(slate, candidates=tuple(slate.candidates[i] for i in members))
+    assert ranker.score(alone) == pytest.approx([scores[i] for i in members], abs=1e-4)
 
 
 @pytest.fixture
@@ -192,6 +220,16 @@ def test_training_on_slates_longer_than_a_pass_publishes_what_it_trained(long_co
     assert plan.measured
     assert plan.rows > 1
     assert plan.rows * plan.tokens > 1024  # one slate
+
+
+def test_lists_with_letters_train_in_windows(long_config, tmp_path):
+    letters = {"readout.name": "identifier", "prompt.mode": "joint", "data.features": []}
+    before = memory_plan(long_config(**letters))
+    path = train(long_config(**letters, **{"training.learning_rate": 0.05}), output=tmp_path)
+    assert before.measured
+    assert before.rows > 1
+    weights = load_file(path / "adapter_model.safetensors")
+    assert any(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize("kind", ["tiny_decoder", "tiny_encoder"])

@@ -20,7 +20,7 @@ from peftrank.prompts import (
 from peftrank.prompts.tree import CandidateTokens, branches, depths, ends, grow, path_tokens, split
 from peftrank.types import Item
 
-PAD, MARK = 99, 98
+PAD, MARK, ANSWER = 99, 98, 97
 PARTS = {
     "preamble": "Rank the items.\n",
     "history": "- {{ title }}\n",
@@ -40,10 +40,19 @@ def _leaf(draw):
 
 _trees = st.lists(
     st.builds(
-        lambda trunk, leaves, mode: grow("s", trunk, leaves, mode=mode, marker=(MARK,)),
+        lambda trunk, leaves, mode, window: grow(
+            "s",
+            trunk,
+            leaves,
+            mode=mode,
+            marker=(MARK,),
+            answer=(ANSWER,),
+            window=window if mode == "joint" else None,
+        ),
         st.lists(_tokens, max_size=4),
         st.lists(_leaf(), min_size=1, max_size=5),
         st.sampled_from(["isolated", "joint", "set"]),
+        st.sampled_from([None, 2, 3]),
     ),
     min_size=1,
     max_size=6,
@@ -86,6 +95,8 @@ def test_every_path_can_be_read_back_from_the_batch(trees, row_tokens):
             assert path[first : first + span.stop - span.start] == list(range(start, stop))
             before = path[first - 1] if first else -1
             assert int(batch.before[s, c]) == before
+        if tree.letters:
+            assert batch.letters[s, : len(tree.letters)].tolist() == list(tree.letters)
         first = depth[tree.candidates[0].segment]
         path = seen_by(batch, int(batch.row[s, 0]), int(batch.end[s, 0]))
         assert int(batch.trunk[s]) == (path[first - 1] if first else -1)
@@ -201,22 +212,43 @@ def test_micro_batches_are_filled():
     assert len(micro_batches(trees(*[350] * 64), 4096)) == math.ceil(64 / 11)
 
 
-_long = st.builds(
-    lambda trunk, leaves: grow("s", trunk, leaves, mode="isolated"),
-    st.lists(_tokens, max_size=3),
-    st.lists(_leaf(), min_size=1, max_size=60),
-)
+def _lists(*windows):
+    """Long lists, in isolated mode (window None) or in windows with letters."""
+    return st.builds(
+        lambda trunk, leaves, window: grow(
+            "s",
+            trunk,
+            leaves,
+            mode="joint" if window else "isolated",
+            answer=(ANSWER,),
+            window=window,
+        ),
+        st.lists(_tokens, max_size=3),
+        st.lists(_leaf(), min_size=1, max_size=60),
+        st.sampled_from(windows),
+    )
 
 
 @settings(max_examples=150, deadline=None)
-@given(_long, st.integers(4, 40))
+@given(_lists(None, 2, 4), st.integers(4, 40))
 def test_a_split_tree_holds_every_candidate_with_its_path_once(tree, most):
     parts = split(tree, most)
-    found = [(part, span) for part in parts for span in part.candidates]
-    assert len(found) == len(tree.candidates)
-    for (part, span), expected in zip(found, tree.candidates, strict=True):
-        assert path_tokens(part, span.segment) == path_tokens(tree, expected.segment)
-        assert (span.start, span.stop) == (expected.start, expected.stop)
+    assert described(tree) == [each for part in parts for each in described(part)]
+
+
+def described(tree):
+    """Per candidate its path, that of its end, its text's place, and its letter."""
+    letters = tree.letters or [None] * len(tree.candidates)
+    return [
+        (path_tokens(tree, span.segment), path_tokens(tree, end), span.start, span.stop, letter)
+        for span, end, letter in zip(tree.candidates, ends(tree), letters, strict=True)
+    ]
+
+
+@settings(max_examples=150, deadline=None)
+@given(_lists(None), st.integers(4, 40))
+def test_a_list_is_split_into_as_few_parts_as_can_be(tree, most):
+    parts = split(tree, most)
     assert all(token_count(part) <= most or len(part.candidates) == 1 for part in parts)
     # As few as filling one after the other would give.
     leaves = [len(tree.segments[span.segment].tokens) for span in tree.candidates]
@@ -230,14 +262,14 @@ def test_a_split_tree_holds_every_candidate_with_its_path_once(tree, most):
 
 
 @settings(max_examples=200, deadline=None)
-@given(_long, st.integers(4, 80), st.integers(4, 40))
+@given(_lists(None, 2, 4), st.integers(4, 80), st.integers(4, 40))
 def test_the_parts_of_a_long_list_keep_to_the_size_of_a_pass(tree, most, row_tokens):
     parts = in_rows(tree, row_tokens, most=most)
     assert sum(len(part.candidates) for part in parts) == len(tree.candidates)
     for part in parts:
         batch = pack([part], pad_token_id=PAD, row_tokens=row_tokens)
         size = max(most, 2 * branches(tree)[0])
-        assert batch.input_ids.numel() <= size or len(part.candidates) == 1
+        assert batch.input_ids.numel() <= size or len(branches(part)[1]) == 1
         assert in_rows(part, row_tokens) == [part]
 
 

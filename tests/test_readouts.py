@@ -1,14 +1,16 @@
 """Readouts on a tiny base, against the plain language-model computation."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from peftrank.attention import attention_mask
-from peftrank.errors import ConfigError
+from peftrank.errors import ConfigError, DataError
 from peftrank.prompts import PromptTemplate, collate
-from peftrank.prompts.tree import path_tokens
+from peftrank.prompts.tree import path_tokens, windows
+from peftrank.readouts.identifier import Identifier
 from peftrank.readouts.likelihood import Likelihood
 from peftrank.readouts.multi_task import MultiTask
 from peftrank.readouts.pooled import Pooled
@@ -207,3 +209,81 @@ def test_the_score_of_many_tasks_is_the_mix_of_the_heads(tiny_encoder, make_slat
     assert list(heads) == ["rank", "click", "stay"]
     expected = 0.5 * heads["rank"] - 2.0 * heads["stay"]
     torch.testing.assert_close(readout(states, batch), expected)
+
+
+def lettered(base, **options):
+    parts = {**PARTS, "candidate": "{{ title }}", "choice": "\nquestion"}
+    return PromptTemplate(base.tokenizer, parts=parts, mode="joint", turn="list", **options)
+
+
+@pytest.mark.parametrize(
+    ("window", "letters", "lists"),
+    [
+        (20, "ABCDEF", [(1, 2, 3, 4, 5)]),
+        (3, "ABBCBC", [(1,), (2, 3), (4, 5)]),
+        (2, "ABBBBB", [(1,), (2,), (3,), (4,), (5,)]),
+    ],
+)
+def test_identifier_is_the_log_odds_of_two_letters_in_an_ordinary_prompt(
+    window, letters, lists, tiny_decoder, make_slate
+):
+    template = lettered(tiny_decoder, window=window)
+    slate = make_slate(n_candidates=6)
+    titles = [item.fields["title"] for item in slate.candidates]
+    readout = built(Identifier, tiny_decoder, forms=("{}",))
+    scores = readout(*states_and_batch(tiny_decoder, template, [slate]))
+    tree = template.tree(slate)
+    names = tiny_decoder.tokenizer.convert_tokens_to_ids(list("ABCDEF"))
+    for members in lists:
+        path = path_tokens(tree, tree.answers[members[0]])
+        named = "".join(f"\n[{letters[i]}] {titles[i]}" for i in (0, *members))
+        assert named + "\nquestion<|im_end|>" in tiny_decoder.tokenizer.decode(list(path))
+        with torch.no_grad():
+            logits = tiny_decoder.model(torch.tensor([path])).logits[0, -1]
+        for i in members:
+            expected = logits[names["ABCDEF".index(letters[i])]] - logits[names[0]]
+            assert float(scores[0, i]) == pytest.approx(float(expected), abs=1e-4)
+    assert float(scores[0, 0]) == 0.0
+    assert float(scores.std()) > 1e-2
+
+
+def test_identifier_adds_up_the_ways_to_write_a_letter(tiny_decoder, make_slate):
+    slate, template = make_slate(n_candidates=4), lettered(tiny_decoder)
+    given = states_and_batch(tiny_decoder, template, [slate])
+    readout = Identifier(torch.stack([torch.randn(26, 32), torch.randn(26, 32)], dim=1))
+    each = [given[0][0, given[1].end[0, 0]] @ readout.rows[:, form].T for form in (0, 1)]
+    logits = torch.logsumexp(torch.stack(each), dim=0)[:4]
+    torch.testing.assert_close(readout(*given)[0], logits - logits[0])
+
+
+def test_windows_are_equal_and_hold_every_candidate_but_the_first_once():
+    for count in range(1, 120):
+        for most in (2, 3, 20, 26):
+            found = windows(count, most)
+            assert [index for members in found for index in members] == list(range(1, count))
+            assert max(map(len, found)) - min(map(len, found)) <= 1
+            assert max(map(len, found)) <= most - 1
+            assert len(found) == max(1, math.ceil((count - 1) / (most - 1)))
+
+
+def test_identifier_needs_a_list_single_tokens_and_no_features(tiny_decoder, make_slate):
+    with pytest.raises(ConfigError, match="cannot use candidate features"):
+        built(Identifier, tiny_decoder, feature_names=("a",))
+    with pytest.raises(ConfigError, match="none of the forms"):
+        built(Identifier, tiny_decoder, forms=("<{}>",))
+    for mode in ("isolated", "set"):
+        with pytest.raises(ConfigError, match=rf"identifier.*prompt.mode: joint; given: {mode}"):
+            PromptTemplate(tiny_decoder.tokenizer, parts=PARTS, mode=mode, turn="list")
+    with pytest.raises(ConfigError, match="window is 27"):
+        lettered(tiny_decoder, window=27)
+    plain = PromptTemplate(tiny_decoder.tokenizer, parts=PARTS, mode="joint")
+    given = states_and_batch(tiny_decoder, plain, [make_slate()])
+    with pytest.raises(ConfigError, match="without letters"):
+        built(Identifier, tiny_decoder)(*given)
+
+
+def test_a_window_that_is_too_long_names_its_bounds(tiny_decoder, make_slate):
+    slate = make_slate(n_history=0, n_candidates=60)
+    lettered(tiny_decoder, window=2, max_tokens=100).tree(slate)
+    with pytest.raises(DataError, match=r"prompt\.max_tokens.*prompt\.window"):
+        lettered(tiny_decoder, max_tokens=100).tree(slate)

@@ -14,7 +14,8 @@ from peftrank.ranker import Ranker
 from peftrank.types import Slate
 
 ZERO_SHOT = "zero_shot"
-_UNTRAINED = ("yes_no", "likelihood")
+_UNTRAINED = {"yes_no": "isolated", "likelihood": "isolated"}
+"""Ways to read a decoder without training, each in a mode that reads lists of any length."""
 
 
 def baseline_rows(
@@ -71,14 +72,19 @@ def cold_slates(slates: Sequence[Slate], train: Sequence[Slate]) -> list[int]:
 def _zero_shot_rows(
     slates: Sequence[Slate], *, base: Base, prompt: Mapping[str, Any], metrics: Sequence[str]
 ) -> list[Evaluation]:
-    """A decoder answers Yes or No, or gives a likelihood; an encoder compares embeddings."""
+    """A decoder answers Yes or No, gives a likelihood or, in mode `joint`, names a letter.
+
+    An encoder compares embeddings.
+    """
     if not base.is_decoder:
         scores = cosine_scores(base, slates, prompt["fields"])
         return [evaluate_scores(f"{ZERO_SHOT} (cosine)", slates, scores, metrics)]
     rows = []
     with Ranker(base) as ranker:
-        for readout in _UNTRAINED:
-            domain = ranker.load_readout("untrained", prompt=prompt, readout=readout)
+        joint = {"identifier": "joint"} if prompt.get("mode") == "joint" else {}
+        for readout, mode in (_UNTRAINED | joint).items():
+            given = {**prompt, "mode": mode}
+            domain = ranker.load_readout("untrained", prompt=given, readout=readout)
             scores = ranker.score(slates, domain=domain)
             rows.append(evaluate_scores(f"{ZERO_SHOT} ({readout})", slates, scores, metrics))
     return rows

@@ -115,6 +115,7 @@ def pack(
         **_token_tensors(trie, parts, nodes, rows, pad_token_id),
         spans=() if groups is None else _spans(trie, rows),
         **_candidate_tensors(trie, parts, slate, nodes, rows),
+        letters=_letters(trees),
         labels=_labels(trees, labels),
         weights=_weights(trees, weights),
         tasks=tasks,
@@ -136,6 +137,7 @@ def of_slates(batch: Batch, indices: Sequence[int], features: Tensor | None = No
     return replace(
         batch,
         **places,
+        letters=None if batch.letters is None else batch.letters[indices],
         labels=None if batch.labels is None else batch.labels[indices],
         weights=None if batch.weights is None else batch.weights[indices],
         tasks=None if batch.tasks is None else batch.tasks[indices],
@@ -486,6 +488,13 @@ def _past(
         new=tuple(new.values()),
         trunks=tuple(tuple(index[node] for node in trunk) for trunk in trunks),
     )
+
+
+def _letters(trees: Sequence[PromptTree]) -> Tensor | None:
+    if not any(tree.letters for tree in trees):
+        return None
+    given = [tree.letters or (0,) * len(tree.candidates) for tree in trees]
+    return _padded("letters", trees, given).long()
 
 
 def _labels(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from string import ascii_uppercase
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -21,11 +22,11 @@ from transformers import PreTrainedTokenizerBase
 from peftrank.config import PARTS
 from peftrank.errors import ConfigError, DataError
 from peftrank.prompts._parts import NOT_ITEM, Part, PartText, clean
-from peftrank.prompts.tree import CandidateTokens, grow
+from peftrank.prompts.tree import CandidateTokens, grow, windows
 from peftrank.types import Item, PromptTree, Slate
 
 MODES = ("isolated", "joint", "set")
-TURNS = ("none", "after", "before")
+TURNS = ("none", "after", "before", "list")
 CHATS = ("auto", "off")
 _SENTINEL = "peftrank-user-text"
 # Fast tokenizers keep `split_special_tokens` as state of the tokenizer, and refuse to change it
@@ -48,6 +49,7 @@ class PromptTemplate:
         history_length: int = 20,
         history_step: int = 1,
         item_tokens: int = 32,
+        window: int = 20,
         max_tokens: int = 2048,
         chat: str = "auto",
         turn: str = "none",
@@ -57,9 +59,9 @@ class PromptTemplate:
 
         Args:
             tokenizer: The base's.
-            parts: Jinja2 source of `preamble`, `history`, `question`, `candidate`, `answer`; an
-                absent one is empty. Each sees `context`; history, candidate and answer also see
-                the item's `fields` by name, and history `feedback` (a number or None) and
+            parts: Jinja2 source of `preamble`, `history`, `question`, `candidate`, `answer`,
+                `choice`; an absent one is empty. Each sees `context`; history, candidate and answer
+                also see the item's `fields` by name, and history `feedback` (a number or None) and
                 `position` (1 = the oldest item of the slate's history).
             mode: `isolated`: candidates do not see each other. `joint`: each sees those before it.
                 `set`: candidates do not, but the marker behind each sees the other markers
@@ -72,12 +74,15 @@ class PromptTemplate:
                 oldest, and every new item moves it; with more a user's prompts begin alike for a
                 while, for which `Ranker(prefix_bytes=...)` and packing save work.
             item_tokens: An item's own text is cut at this many tokens; the text around it is not.
-            max_tokens: Budget of what is read together: in mode `isolated` of a path from the root
-                to a candidate's end, whatever the number of candidates; else of the whole tree.
+            window: With turn `list`, the most candidates in a list, 2 to 26; see `tree.windows`.
+            max_tokens: Budget of what is read together: of a path from the root to its end,
+                whatever the number of paths; in mode `set` of the whole tree.
             chat: `auto`: wrap in the tokenizer's chat template where it has one. `off`: never.
             turn: What the readout needs. `none`: candidates stand in the user's turn. `after`: each
                 is followed by `answer`, the end of the user's turn and the start of the
                 assistant's. `before`: the question is, and candidates stand in the assistant's.
+                `list`: candidates of mode `joint` are named by letters, and behind a list of them
+                come `choice`, the end of the user's turn and the start of the assistant's.
             max_depth: Tokens of the longest path the base can read; None for no limit.
 
         Raises:
@@ -90,7 +95,7 @@ class PromptTemplate:
         self.fields = tuple(fields)
         self.history_length, self.item_tokens = history_length, item_tokens
         self.history_step = history_step
-        self.max_tokens, self.max_depth = max_tokens, max_depth
+        self.window, self.max_tokens, self.max_depth = window, max_tokens, max_depth
         self._check(parts)
         self._compiled = self._compile()
         self._opening, self._closing, self._ending = self._turn_tokens()
@@ -111,6 +116,7 @@ class PromptTemplate:
             "history_length": self.history_length,
             "history_step": self.history_step,
             "item_tokens": self.item_tokens,
+            "window": self.window,
             "max_tokens": self.max_tokens,
             "chat": self.chat,
             "turn": self.turn,
@@ -129,15 +135,25 @@ class PromptTemplate:
                 history, or too many tokens even without history.
             ConfigError: a part fails on this slate.
         """
-        trunk, leaves, _ = self._lay_out(slate)
-        return grow(slate.slate_id, trunk, leaves, mode=self.mode, marker=self._marker)
+        trunk, leaves, asked, _ = self._lay_out(slate)
+        return grow(
+            slate.slate_id,
+            trunk,
+            leaves,
+            mode=self.mode,
+            marker=self._marker,
+            answer=asked,
+            window=self.window if self.turn == "list" else None,
+        )
 
     def history_read(self, slate: Slate) -> tuple[int, ...]:
         """Returns which history items the slate's prompt tree holds, by index; see `tree`."""
-        return self._lay_out(slate)[2]
+        return self._lay_out(slate)[3]
 
-    def _lay_out(self, slate: Slate) -> tuple[list[Tokens], list[CandidateTokens], tuple[int, ...]]:
-        """Returns the trunk's segments, the candidates, and the history items in the trunk."""
+    def _lay_out(
+        self, slate: Slate
+    ) -> tuple[list[Tokens], list[CandidateTokens], Tokens, tuple[int, ...]]:
+        """Returns the trunk's segments, the candidates, what ends a list, and the history read."""
         if not slate.candidates:
             raise DataError(f"slate {slate.slate_id!r} has no candidates")
         context = {name: clean(text) for name, text in slate.context.items()}
@@ -146,8 +162,12 @@ class PromptTemplate:
         history = self._history(slate, context)
         candidates = [self._candidate(slate, item, context) for item in slate.candidates]
         answers = [self._answer(item, context) for item in slate.candidates]
+        choice = ""
+        if self.turn == "list":
+            candidates = self._named(candidates)
+            choice = self._compiled["choice"].text({"context": context})
         pieces = (piece for item in (*history.values(), *candidates) for piece in item)
-        ids = self._encode({preamble, question, *answers, *pieces})
+        ids = self._encode({preamble, question, choice, *answers, *pieces})
 
         root = self._opening + ids[preamble]
         asked = ids[question] + (self._closing if self.turn == "before" else ())
@@ -164,11 +184,13 @@ class PromptTemplate:
             tokens += ids[answer] + closing + self._ending
             leaves.append(CandidateTokens(tokens, start, stop))
         trunk = [self._item(ids, text).tokens for text in history.values()]
-        kept = self._fit(slate, len(root) + len(asked), trunk, leaves)
+        behind = ids[choice] + self._closing if self.turn == "list" else ()
+        fixed = len(root) + len(asked) + len(behind)
+        kept = self._fit(slate, fixed, trunk, leaves)
         if len(kept) < len(slate.history):
             kept = kept[_first(kept, self.history_step) :]
         read = tuple(history)[len(trunk) - len(kept) :]
-        return [root, *kept, asked], leaves, read
+        return [root, *kept, asked], leaves, behind, read
 
     def _check(self, parts: Mapping[str, str]) -> None:
         choices = (
@@ -185,6 +207,13 @@ class PromptTemplate:
             raise ConfigError(
                 f"prompt.fields names {taken[0]!r}, which means something else in a template. "
                 "Rename this item field in the data."
+            )
+        if not 2 <= self.window <= len(ascii_uppercase):
+            raise ConfigError(f"prompt.window is {self.window}; expected 2 to 26, one per letter")
+        if self.turn == "list" and self.mode != "joint":
+            raise ConfigError(
+                "a readout that asks for a letter (identifier) reads candidates as a list and "
+                f"needs prompt.mode: joint; given: {self.mode}"
             )
         if self.mode == "joint" and self.turn == "after":
             raise ConfigError(
@@ -206,6 +235,7 @@ class PromptTemplate:
             "question": {"context"},
             "candidate": item,
             "answer": item,
+            "choice": {"context"},
         }
         compiled = {name: Part(name, self.parts[name], seen[name]) for name in PARTS}
         if not compiled["candidate"].uses.intersection(self.fields):
@@ -274,6 +304,17 @@ class PromptTemplate:
             return ""
         return self._compiled["answer"].text(self._values(item, context))
 
+    def _named(self, candidates: Sequence[PartText]) -> list[PartText]:
+        """Returns the texts of candidates behind the letters that they have in their lists."""
+        letters = {0: "A"}
+        for members in windows(len(candidates), self.window):
+            letters.update(zip(members, ascii_uppercase[1:], strict=False))
+        named = []
+        for index, text in enumerate(candidates):
+            apart = "" if "".join(text)[:1].isspace() else " "
+            named.append(text._replace(before=f"\n[{letters[index]}]{apart}{text.before}"))
+        return named
+
     def _item(self, ids: Mapping[str, Tokens], text: PartText) -> CandidateTokens:
         before, own, after = (ids[piece] for piece in text)
         own = own[: self.item_tokens]
@@ -295,15 +336,21 @@ class PromptTemplate:
     ) -> list[Tokens]:
         """Returns the newest history with which the tree keeps to both budgets."""
         sizes = [len(leaf.tokens) + len(self._marker) for leaf in leaves]
-        total = fixed + sum(sizes)
-        deepest = total if self.mode == "joint" else fixed + max(sizes)
-        together = deepest if self.mode == "isolated" else total
+        total = deepest = fixed + sum(sizes)
+        if self.turn == "list":
+            lists = windows(len(sizes), self.window)
+            deepest = fixed + sizes[0] + max(sum(sizes[i] for i in each) for each in lists)
+        elif self.mode != "joint":
+            deepest = fixed + max(sizes)
+        together = total if self.mode == "set" else deepest
         room = self.max_tokens - together
         if self.max_depth is not None:
             room = min(room, self.max_depth - deepest)
         if room < 0:
             advice = ""
-            if self.mode != "isolated":
+            if self.turn == "list":
+                advice = ", or lower prompt.window"
+            elif self.mode != "isolated":
                 advice = (
                     f", or split the candidate list, which is read as a whole in prompt.mode: "
                     f"{self.mode}; in prompt.mode: isolated it may have any length"

@@ -31,6 +31,8 @@ def grow(
     *,
     mode: str,
     marker: tuple[int, ...] = (),
+    answer: tuple[int, ...] = (),
+    window: int | None = None,
 ) -> PromptTree:
     """Returns the tree of a chained trunk with the candidates on it.
 
@@ -41,7 +43,11 @@ def grow(
         mode: `isolated`: each hangs from the end of the trunk. `joint`: each from the one before.
             `set`: as isolated, and from each hangs a marker; markers see each other.
         marker: The tokens of a marker, for mode `set`.
+        answer: The tokens behind a list, for mode `joint` with a window.
+        window: The most candidates in a list; see `windows`. Each has the tokens of its letter.
     """
+    if window is not None:
+        return _lettered(slate_id, trunk, candidates, answer, window)
     segments: list[Segment] = []
     for tokens in trunk:
         if tokens:
@@ -59,9 +65,56 @@ def grow(
     return PromptTree(slate_id, tuple(segments), tuple(spans), tuple(markers))
 
 
+def windows(count: int, most: int) -> list[range]:
+    """Returns the lists in which candidates are read, without the first, which begins all lists.
+
+    They are of about equal length.
+
+    Args:
+        count: Candidates of the slate, the first included.
+        most: In a list, the first candidate included; at least 2.
+    """
+    lists = max(1, -(-(count - 1) // (most - 1)))
+    bounds = [1 + (count - 1) * i // lists for i in range(lists + 1)]
+    return [range(*each) for each in pairwise(bounds)]
+
+
+def _lettered(
+    slate_id: str,
+    trunk: Sequence[tuple[int, ...]],
+    candidates: Sequence[CandidateTokens],
+    answer: tuple[int, ...],
+    window: int,
+) -> PromptTree:
+    """Returns a tree whose windows hang from the first candidate, each with an answer behind it."""
+    segments: list[Segment] = []
+    for tokens in (*trunk, candidates[0].tokens):
+        if tokens:
+            segments.append(Segment(tokens, len(segments) - 1))
+    first = len(segments) - 1
+    spans = [CandidateSpan(first, candidates[0].start, candidates[0].stop)]
+    answers: list[int] = []
+    letters = [0]
+    for members in windows(len(candidates), window):
+        parent = first
+        for letter, index in enumerate(members, start=1):
+            tokens, start, stop = candidates[index]
+            spans.append(CandidateSpan(len(segments), start, stop))
+            segments.append(Segment(tokens, parent))
+            parent = len(segments) - 1
+            letters.append(letter)
+        if answer:
+            segments.append(Segment(answer, parent))
+        # The first candidate has the answer of the first list.
+        answers += [len(segments) - 1] * (len(letters) - len(answers))
+    return PromptTree(
+        slate_id, tuple(segments), tuple(spans), answers=tuple(answers), letters=tuple(letters)
+    )
+
+
 def ends(tree: PromptTree) -> tuple[int, ...]:
     """Returns the segment in which each candidate ends: where scalar readouts read."""
-    return tree.markers or tuple(span.segment for span in tree.candidates)
+    return tree.markers or tree.answers or tuple(span.segment for span in tree.candidates)
 
 
 class Branch(NamedTuple):
@@ -132,6 +185,8 @@ def take(tree: PromptTree, start: int, stop: int) -> PromptTree:
             replace(span, segment=place[span.segment]) for span in tree.candidates[start:stop]
         ),
         markers=tuple(place[marker] for marker in tree.markers[start:stop]),
+        answers=tuple(place[answer] for answer in tree.answers[start:stop]),
+        letters=tree.letters[start:stop],
     )
 
 
@@ -189,6 +244,7 @@ def render(template: PromptTemplate, slate: Slate) -> str:
         for span, item in zip(tree.candidates, slate.candidates, strict=True)
     }
     names |= {marker: "  <- its marker, which sees the others" for marker in tree.markers}
+    names |= {answer: "  <- answered with a letter" for answer in tree.answers}
     lines = [f"slate {slate.slate_id}: {template.mode}, {len(tree.candidates)} candidates"]
     indent: list[int] = []
     for index, segment in enumerate(tree.segments):
@@ -200,7 +256,7 @@ def render(template: PromptTemplate, slate: Slate) -> str:
     longest = max(depths(tree)[end] + len(tree.segments[end].tokens) for end in ends(tree))
     lines.append(
         f"{total} tokens in the tree, {longest} on its longest path. prompt.max_tokens is "
-        f"{template.max_tokens} for the {'path' if template.mode == 'isolated' else 'tree'}"
+        f"{template.max_tokens} for the {'tree' if template.mode == 'set' else 'path'}"
     )
     lines.append(
         f"{separate} tokens if every candidate had a prompt of its own: "
