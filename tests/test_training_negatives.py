@@ -21,6 +21,7 @@ from test_training import (  # noqa: F401 - make_config is a fixture
 
 from peftrank.config import Negatives, PromptConfig, load_config, override
 from peftrank.errors import ConfigError, DataError
+from peftrank.formats.slates import write_slates
 from peftrank.training import loop, train
 from peftrank.training.epochs import as_of_this_epoch
 from peftrank.training.negatives import (
@@ -274,6 +275,18 @@ def test_a_mining_run_resumes_bit_identically(method, tiny_decoder, make_config,
     )
     with pytest.raises(AssertionError):
         assert_same_weights(other, whole)
+
+
+def test_slates_read_at_their_step_give_the_same_run(tiny_decoder, make_config, tmp_path):
+    slates = users_slates(10)
+    settings = {"schedule": ["uniform", "hard"], "pool": 12}
+    config = make_config(train=slates, negatives=settings, max_steps=6)
+    write_slates(tmp_path / "train.parquet", slates)
+    stored = override(config, {"data.train": str(tmp_path / "train.parquet")}, source="test")
+    assert_same_weights(
+        train(config, output=tmp_path / "a", base=tiny_decoder),
+        train(stored, output=tmp_path / "b", base=tiny_decoder),
+    )
 
 
 # --- what cannot be
