@@ -341,7 +341,7 @@ def test_rows_are_of_like_length(make_slate):
 
     trees = [tree(130, token) for token in range(5)]
     batch = pack(trees, pad_token_id=PAD, row_tokens=512)
-    assert batch.input_ids.shape == (2, 390)
+    assert batch.input_ids.shape == (5, 130)  # no padding, and no attention to what is not shared
     long = pack([tree(700, 9), *trees], pad_token_id=PAD, row_tokens=512)
     assert long.input_ids.shape == (2, 700)
 
@@ -398,3 +398,12 @@ def test_features_keep_the_order_of_names_and_nan_where_missing(template, make_s
         [[False, False], [False, False], [True, True]],
         [[False, True]] * 3,
     ]
+
+
+def test_what_trees_share_is_worth_a_longer_row():
+    shared = tuple(range(200))
+    trees = [
+        grow("s", [shared], [CandidateTokens((token,) * 30, 0, 30)], mode="isolated")
+        for token in range(300, 304)
+    ]
+    assert pack(trees, pad_token_id=PAD, row_tokens=512).input_ids.shape == (1, 320)
