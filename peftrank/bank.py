@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from peftrank.base import Base
-from peftrank.errors import AdapterError
+from peftrank.errors import AdapterError, ConfigError
 from peftrank.methods._norms import Weights, is_norm, with_weights
 from peftrank.methods._peft_types import KINDS
 from peftrank.methods._sites import (
@@ -79,7 +79,7 @@ class Bank:
         self._writing = threading.Lock()
         self._in_use: ContextVar[tuple[Span, ...]] = ContextVar("peftrank_adapters", default=())
 
-    def place(self, name: str, files: AdapterFiles) -> Banked:
+    def place(self, name: str, files: AdapterFiles, *, skip_layers: int = 0) -> Banked:
         """Returns an adapter with its weights on the base's device, ready for `using`.
 
         The bank keeps no reference to it: its memory is free once nobody holds it.
@@ -87,25 +87,36 @@ class Bank:
         Args:
             name: For messages.
             files: The adapter.
+            skip_layers: In the first so many blocks of the base nothing is changed (AdapterDrop,
+                arXiv 2010.11918).
 
         Raises:
-            AdapterError: a tensor fits no module of the base, or the method is not supported.
+            AdapterError: a tensor fits no module of the base, the method is not supported, or all
+                of it is in the skipped blocks.
+            ConfigError: the base has no blocks beyond `skip_layers`.
         """
         method = files.peft_config.get("peft_type")
+        skipped = self._skipped(skip_layers)
         if method == "LORA":
-            adapter = self._lora(name, lora_layers(files.peft_config, files.tensors))
+            adapter = self._lora(name, lora_layers(files.peft_config, files.tensors), skipped)
         elif method == "BOTTLENECK":
-            adapter = self._bottleneck(name, files)
+            adapter = self._bottleneck(name, files, skipped)
         elif method == "IA3":
-            adapter = self._ia3(name, files)
+            adapter = self._ia3(name, files, skipped)
         elif method == "LN_TUNING":
-            adapter = self._whole(name, whole_weights(files.peft_config, files.tensors))
+            modules = whole_weights(files.peft_config, files.tensors)
+            adapter = self._whole(name, modules, skipped)
         elif method in KINDS:
-            adapter = self._peft(name, files)
+            adapter = self._peft(name, files, skipped)
         else:
             raise AdapterError(
                 f"adapter {name!r} has peft_type {method!r}. The bank applies LORA, BOTTLENECK, "
                 f"IA3, {', '.join(KINDS)}; AdaLoRA is exported as LoRA by `peftrank train`."
+            )
+        if not adapter.changes:
+            raise AdapterError(
+                f"adapter {name!r} has no weights beyond the first {skip_layers} layers of base "
+                f"{self.base.identity.name!r}. Skip fewer of its {self.base.num_layers} layers."
             )
         with self._writing:
             self._hook(adapter)
@@ -143,10 +154,21 @@ class Bank:
         # A deep copy of the base copies its hooks, and these go on asking this bank.
         return self
 
-    def _lora(self, name: str, layers: Mapping[str, LoraLayer]) -> Banked:
+    def _skipped(self, skip_layers: int) -> tuple[str, ...]:
+        """Returns how paths of modules in the first so many blocks begin."""
+        if not 0 <= skip_layers < self.base.num_layers:
+            raise ConfigError(
+                f"skip_layers={skip_layers}: expected at least 0 and below "
+                f"{self.base.num_layers}, the layers of base {self.base.identity.name!r}."
+            )
+        blocks = self.base.layers
+        home = next(path for path, module in self._modules.items() if module is blocks)
+        return tuple(f"{home}.{index}." for index in range(skip_layers))
+
+    def _lora(self, name: str, layers: Mapping[str, LoraLayer], skipped: tuple[str, ...]) -> Banked:
         changes: dict[Place, Callable[..., Tensor]] = {}
         nbytes = 0
-        for path, layer in layers.items():
+        for path, layer in _without(skipped, layers).items():
             linear = self._linear(name, path)
             expected = (linear.out_features, linear.in_features)
             given = (layer.b.shape[0], layer.a.shape[1])
@@ -159,10 +181,11 @@ class Bank:
             nbytes += size
         return Banked(name, changes, nbytes)
 
-    def _ia3(self, name: str, files: AdapterFiles) -> Banked:
+    def _ia3(self, name: str, files: AdapterFiles, skipped: tuple[str, ...]) -> Banked:
         changes: dict[Place, Callable[..., Tensor]] = {}
         nbytes = 0
-        for path, (where, factors) in ia3_factors(files.peft_config, files.tensors).items():
+        found = ia3_factors(files.peft_config, files.tensors)
+        for path, (where, factors) in _without(skipped, found).items():
             linear = self._linear(name, path)
             expected = linear.in_features if where == "input" else linear.out_features
             if factors.numel() != expected:
@@ -178,7 +201,7 @@ class Bank:
             nbytes += placed.nbytes
         return Banked(name, changes, nbytes)
 
-    def _peft(self, name: str, files: AdapterFiles) -> Banked:
+    def _peft(self, name: str, files: AdapterFiles, skipped: tuple[str, ...]) -> Banked:
         """Returns an adapter whose layers are PEFT's own, on a copy of the base's module tree."""
         # Only these adapters need the PEFT library at inference.
         from peftrank.methods import _skeleton
@@ -186,18 +209,20 @@ class Bank:
         for path in peft_paths(files.peft_config, files.tensors):
             self._linear(name, path)
         try:
+            # All of them first: some share weights, or seeds that their order decides.
             layers = _skeleton.tuner_layers(self.base.model, files.peft_config, files.tensors)
         except AdapterError as error:
             raise AdapterError(f"adapter {name!r}: {error}") from error
+        layers = _without(skipped, layers)
         changes: dict[Place, Callable[..., Tensor]] = {
             (path, "linear"): partial(_skeleton.applied, layer) for path, layer in layers.items()
         }
         return Banked(name, changes, sum(t.nbytes for t in _skeleton.own_tensors(layers)))
 
-    def _whole(self, name: str, modules: Mapping[str, Weights]) -> Banked:
+    def _whole(self, name: str, modules: Mapping[str, Weights], skipped: tuple[str, ...]) -> Banked:
         changes: dict[Place, Callable[..., Tensor]] = {}
         nbytes = 0
-        for path, given in modules.items():
+        for path, given in _without(skipped, modules).items():
             if is_norm(self._module(name, path)):
                 weights = self._norm(name, path, given)
                 changes[path, "instead"] = with_weights(self._modules[path], weights)
@@ -222,10 +247,11 @@ class Bank:
         device, dtype = linear.weight.device, self.base.compute_dtype
         return {part: _placed(t, device).to(dtype) for part, t in weights.items()}
 
-    def _bottleneck(self, name: str, files: AdapterFiles) -> Banked:
+    def _bottleneck(self, name: str, files: AdapterFiles, skipped: tuple[str, ...]) -> Banked:
         changes: dict[Place, Callable[..., Tensor]] = {}
         nbytes = 0
-        for site in bottleneck_sites(files.peft_config, files.tensors):
+        sites = {site.path: site for site in bottleneck_sites(files.peft_config, files.tensors)}
+        for site in _without(skipped, sites).values():
             device = next(self._module(name, site.path).parameters()).device
             down_w, down_b, up_w, up_b = (self._ready(files.tensors[n], device) for n in site.names)
             if up_w.shape[0] != self.base.hidden_size:
@@ -243,7 +269,7 @@ class Bank:
                 scale=site.scale,
             )
             nbytes += sum(t.nbytes for t in (down_w, down_b, up_w, up_b))
-        for path, found in norm_names(files.tensors).items():
+        for path, found in _without(skipped, norm_names(files.tensors)).items():
             weights = self._norm(name, path, {part: files.tensors[n] for part, n in found.items()})
             changes[path, "instead"] = with_weights(self._modules[path], weights)
             nbytes += sum(t.nbytes for t in weights.values())
@@ -356,6 +382,14 @@ class Bank:
             given = [value[start:stop] for value in flat]
             parts.append(unchanged(given[-1]) if change is None else change(*given))
         return torch.cat(parts).view(*values[-1].shape[:-1], -1)
+
+
+_Found = TypeVar("_Found")
+
+
+def _without(skipped: tuple[str, ...], found: Mapping[str, _Found]) -> dict[str, _Found]:
+    """Returns what was found at paths that begin in none of the skipped ways."""
+    return {path: value for path, value in found.items() if not path.startswith(skipped)}
 
 
 class _Instead:

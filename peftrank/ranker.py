@@ -94,6 +94,8 @@ class _Domain:
     template: PromptTemplate
     readout: nn.Module
     feature_names: tuple[str, ...]
+    skip_layers: int = 0
+    """Of the base, from the first on: the adapter is left out there."""
     loading: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -207,6 +209,7 @@ class Ranker:
         domain: str | None = None,
         allow_code: bool = False,
         pin: bool = False,
+        skip_layers: int = 0,
     ) -> str:
         """Loads an adapter, in place of the domain's earlier one, and returns the domain's name.
 
@@ -220,10 +223,13 @@ class Ranker:
             allow_code: Let an adapter's readout be `package.module:object`, which imports code
                 that is not PeftRank's. Set it only for adapters you made or checked.
             pin: Keep it on the device whatever the budget.
+            skip_layers: Leave the adapter out of the first so many layers of the base (AdapterDrop,
+                arXiv 2010.11918): faster, and less accurate unless it was trained for it.
 
         Raises:
             AdapterError: it is missing, damaged, cannot be had from the Hub, or belongs to another
-                base.
+                base; or `skip_layers` leaves nothing of it.
+            ConfigError: the base has no more than `skip_layers` layers.
         """
         files, read_again, version = self._files(source, allow_code)
         manifest = files.manifest
@@ -249,7 +255,7 @@ class Ranker:
                 f"the adapter {source} has a prompt for turn={template.turn!r} but its readout "
                 f"{wanted['name']!r} needs {_turn(readout)!r}"
             )
-        adapter = self._bank.place(name, files)
+        adapter = self._bank.place(name, files, skip_layers=skip_layers)
         made = _Domain(
             name,
             method=manifest["method"]["name"],
@@ -261,6 +267,7 @@ class Ranker:
             template=template,
             readout=readout,
             feature_names=tuple(wanted["feature_names"]),
+            skip_layers=skip_layers,
         )
         self._keep(made, files, adapter)
         self._put(made)
@@ -545,7 +552,7 @@ class Ranker:
             if adapter is not None:  # another thread has just brought it
                 return adapter
             files = self._host.get(domain) or domain.read()
-            adapter = self._bank.place(domain.name, files)
+            adapter = self._bank.place(domain.name, files, skip_layers=domain.skip_layers)
             self._keep(domain, files, adapter)
         if self._domains.get(domain.name) is not domain:  # replaced or unloaded meanwhile
             self._forget(domain)

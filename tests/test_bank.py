@@ -12,7 +12,7 @@ import torch
 from peftrank import plugins
 from peftrank.bank import Bank
 from peftrank.base import base_from_model, state_hash
-from peftrank.errors import AdapterError
+from peftrank.errors import AdapterError, ConfigError
 from peftrank.store import AdapterFiles
 
 METHODS = {
@@ -88,6 +88,49 @@ def test_the_bank_equals_a_trained_peft_model(base, method):
         got = hidden(base.model)
     assert relative(got, expected) < 1e-6
     assert relative(untouched, expected) > 1e-3
+
+
+DROPPED = {
+    **METHODS,
+    "full": ("full", {}),
+    "loha": ("peft:LOHA", {"r": 4}),
+    "unilora": ("peft:UNILORA", {}),
+    "vera": ("peft:VERA", {"r": 4}),
+}
+
+
+@pytest.mark.parametrize("method", DROPPED)
+@torch.no_grad()
+def test_layers_that_are_skipped_are_those_of_the_base(base, method, monkeypatch):
+    """AdapterDrop: the plain base below, the trained model above."""
+    monkeypatch.setitem(METHODS, method, DROPPED[method])
+    copied = clone(base)
+    _, files = trained(copied, method)
+    ids, mask, depth = torch.arange(24).view(2, 12) + 5, torch.zeros(2, 1, 12, 12), torch.arange(12)
+    depth = depth.expand(2, 12)
+    entering = base.states_below(1, ids, mask, depth)
+    expected = copied.states_above(1, entering, mask, depth)
+    bank = Bank(base)
+    whole = bank.place("whole", files)
+    dropped = bank.place("dropped", files, skip_layers=1)
+    with bank.using(dropped):
+        found = base.hidden_states(ids, mask, depth)
+    assert relative(found, expected) < 1e-6
+    with bank.using(whole):
+        assert relative(base.hidden_states(ids, mask, depth), expected) > 1e-4
+    if method != "unilora":  # which has one vector for all layers
+        assert 0 < dropped.nbytes < whole.nbytes
+
+
+def test_skipping_what_there_is_not_is_refused(tiny_decoder):
+    bank = Bank(tiny_decoder)
+    _, files = trained(clone(tiny_decoder), "lora")
+    for wrong in (-1, 2):
+        with pytest.raises(ConfigError, match=f"skip_layers={wrong}: expected at least 0 and belo"):
+            bank.place("news", files, skip_layers=wrong)
+    below = {name: t for name, t in files.tensors.items() if ".layers.0." in name}
+    with pytest.raises(AdapterError, match="no weights beyond the first 1 layers"):
+        bank.place("news", AdapterFiles(files.peft_config, below, {}, {}), skip_layers=1)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "pfeiffer"])

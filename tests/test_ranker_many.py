@@ -416,3 +416,16 @@ def test_the_scores_are_those_of_processes_that_know_one_adapter_each(
     with context.Pool(1, maxtasksperchild=1) as pool:
         expected = dict(zip(jobs, pool.starmap(scores, jobs.values(), chunksize=1), strict=True))
     check_machine(base, tmp_path / "store", slates, expected)
+
+
+def test_skipped_layers_stay_skipped_when_an_adapter_comes_back(tiny_decoder, tmp_path, make_slate):
+    publish(tiny_decoder, tmp_path, "news", seed=0)
+    slates = slates_for(make_slate, 3)
+    with Ranker(tiny_decoder, store=tmp_path, device_bytes=1, host_bytes=0) as ranker:
+        ranker.load_adapter("news", domain="whole")
+        ranker.load_adapter("news", domain="dropped", skip_layers=1)
+        whole, dropped = (ranker.score(slates, domain=name) for name in ("whole", "dropped"))
+        assert not any(close(a, b) for a, b in zip(whole, dropped, strict=True))
+        assert ranker.adapters["dropped"].tier == "disk"
+        assert ranker.score(slates, domain="dropped") == dropped
+        assert ranker.score(slates, domain="whole") == whole

@@ -27,6 +27,9 @@ def command(
     baselines: Annotated[
         str | None, typer.Option(help="random,popularity,bm25,zero_shot,... or `none`.")
     ] = None,
+    skip_layers: Annotated[
+        int, typer.Option(help="Leave the adapter out of the base's first so many layers.", min=0)
+    ] = 0,
     set_: options.Set = None,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write JSON.")] = None,
@@ -64,7 +67,7 @@ def command(
         seed=settings.seed,
     )
     if ranker is not None and folder is not None:
-        name = ranker.load_adapter(folder, domain=settings.domain)
+        name = ranker.load_adapter(folder, domain=settings.domain, skip_layers=skip_layers)
         rows.append(
             evaluation.evaluate(ranker, slates, domain=name, metrics=measured, name="adapter")
         )
