@@ -134,7 +134,8 @@ def memory_plan(
         base = _hollow_base(values, dtype, config)
         outside, weights, constants = _stored_bytes(base, config)
         block = weights // len(base.layers)
-        options = {k: v for k, v in config.method.options.items() if k != "init"}  # needs weights
+        data = ("init", "rho")  # a start that needs weights or slates, with as many parameters
+        options = {k: v for k, v in config.method.options.items() if k not in data}
         method = plugins.load("methods", config.method.name)(total_steps=1000, **options)
         peft.get_peft_model(base.model, method.config(base.model))
         layer = None if config.training.bottom_cache == "off" else lowest_adapted(base)

@@ -118,6 +118,7 @@ def test_the_launcher_says_whether_to_shard(launched, variables, expected):
         (FSDP2, "int8", "lora", {}, "fsdp2 cannot shard.*int8.*ddp.yaml"),
         (FSDP2, "none", "lora", {"dora": True}, "method.dora=true.*fsdp2 shards.*ddp.yaml"),
         (FSDP2, "none", "full", {}, "method full .*fsdp2 shards.*ddp.yaml"),
+        (FSDP2, "none", "lora", {"init": "eva"}, "method.init=eva.*fsdp2 shards.*ddp.yaml"),
         (ZERO3, "nf4", "lora", {}, "zero3 cannot shard.*nf4.*ddp.yaml"),
         (ZERO3, "none", "lora", {"init": "olora"}, "method.init=olora.*zero3.*fsdp2.yaml"),
         (ZERO3, "none", "adapter", {}, "method adapter.*zero3.*fsdp2.yaml"),

@@ -1,14 +1,15 @@
 """LoRA (arXiv 2106.09685): low-rank updates of linear layers.
 
 Rank-stabilised scaling (rsLoRA, arXiv 2312.03732), weight decomposition (DoRA, arXiv 2402.09353),
-a faster B (LoRA+, arXiv 2402.12354) and a start from the base's weights (`_principal`) are options.
+a faster B (LoRA+, arXiv 2402.12354) and a start from the base's weights (`_principal`) or from what
+its layers are given (`_eva`) are options.
 It makes the configuration and reads tensors; PEFT does the rest. It does not train.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from peftrank.errors import ConfigError
-from peftrank.methods import _principal, _state
+from peftrank.methods import _eva, _principal, _state
 from peftrank.methods._patterns import MOST_REPEATS, endless, matches
 from peftrank.methods._targets import (
     check_layers,
@@ -26,8 +27,9 @@ from peftrank.methods._targets import (
     task_type,
 )
 from peftrank.plugins import did_you_mean
+from peftrank.types import Batch
 
-_ZERO_INITS = ("kaiming", "gaussian")
+_ZERO_INITS = ("kaiming", "gaussian", "eva")
 
 
 class Lora:
@@ -51,6 +53,7 @@ class Lora:
         alpha_pattern: Mapping[str, float] | None = None,
         b_ratio: float = 1,
         init: str = "kaiming",
+        rho: float | None = None,
     ):
         """Checks the options; looks at no model.
 
@@ -68,8 +71,11 @@ class Lora:
             alpha_pattern: Another alpha, likewise.
             b_ratio: How many times as fast as A does B learn (LoRA+). Adam's steps do not depend
                 on the size of gradients, so it is a factor on alpha, B being zero at the start.
-            init: kaiming or gaussian draw A and set B to zero; pissa and olora start from the
-                base's weights, and the file then holds twice the rank.
+            init: kaiming or gaussian draw A and set B to zero; eva sets A to the main directions of
+                what each module is given, and divides the ranks by them; pissa and olora start from
+                the base's weights, and the file then holds twice the rank.
+            rho: With eva, a module's rank is at most rho * r; 1 leaves the ranks as they are.
+                Absent: 2.
 
         Raises:
             ConfigError: an option is out of range, or two contradict each other.
@@ -86,13 +92,15 @@ class Lora:
         check_layers(layers)
         _check_pattern("rank_pattern", rank_pattern or {}, 1, "a rank of at least 1")
         _check_pattern("alpha_pattern", alpha_pattern or {}, 0, "a number above 0")
-        _check_init(init, dora=dora, b_ratio=b_ratio)
+        _check_init(init, dora=dora, b_ratio=b_ratio, rho=rho)
         self.total_steps = total_steps
         self.r, self.alpha, self.dropout = r, alpha, dropout
         self.targets, self.layers = targets, layers
         self.rslora, self.dora = rslora, dora
         self.rank_pattern, self.alpha_pattern = rank_pattern or {}, alpha_pattern or {}
         self.b_ratio, self.init = b_ratio, init
+        self.rho = _eva.RHO if rho is None else rho
+        self.reads_slates = init == "eva"
 
     def config(self, base_model: PreTrainedModel) -> PeftConfig:
         """Returns PEFT's configuration for a base.
@@ -116,7 +124,15 @@ class Lora:
             task_type=task_type(base_model),
             base_model_name_or_path=base_model.name_or_path or None,
         )
+        if self.init == "eva":
+            return _eva.prepare(config, self.rho)
         return config if self.init in _ZERO_INITS else _principal.prepare(config, self.init)
+
+    def read_slates(
+        self, model: PeftModel, batches: Sequence[Batch], forward: Callable[[Batch], object]
+    ) -> None:
+        """Starts A from what the modules are given; see `_eva.start`. Only with init eva."""
+        _eva.start(model, batches, forward)
 
     def penalty(self, model: PeftModel) -> Tensor | None:
         """Returns None: LoRA adds nothing to the loss."""
@@ -143,15 +159,19 @@ class Lora:
         from_base = self.init in _principal.INITS
         config, tensors = _principal.exported(model) if from_base else _state.exported(model)
         config.lora_dropout = 0.0
-        return config, tensors
+        return (_eva.plain(config) if self.init == "eva" else config), tensors
 
 
-def _check_init(init: str, *, dora: bool, b_ratio: float) -> None:
+def _check_init(init: str, *, dora: bool, b_ratio: float, rho: float | None) -> None:
     known = (*_ZERO_INITS, *_principal.INITS)
     if init not in known:
         raise ConfigError(
             f"method.init={init!r}{did_you_mean(init, known)}: expected one of {', '.join(known)}."
         )
+    if rho is not None and init != "eva":
+        raise ConfigError(f"method.rho={rho} goes with method.init=eva, and init is {init}.")
+    if rho is not None and rho < 1:
+        raise ConfigError(f"method.rho={rho}: expected at least 1.")
     if init in _ZERO_INITS:
         return
     if dora:

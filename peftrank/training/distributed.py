@@ -230,6 +230,11 @@ def _check_shardable(
     kind: Sharding, quantization: str, method: str, options: Mapping[str, Any]
 ) -> None:
     whole = "Keep the base whole in each process with configs/accelerate/ddp.yaml"
+    if options.get("init") == "eva":
+        raise ConfigError(
+            f"method.init=eva reads slates before training, and {kind} shards the base before that."
+            f" {whole}."
+        )
     if quantization == "int8" or (quantization != "none" and kind == "zero3"):
         raise ConfigError(
             f"{kind} cannot shard a base with quantization {quantization}: bitsandbytes keeps what "

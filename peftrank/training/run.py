@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+import random
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from peftrank.base import Base, load_base, native_dtype
 from peftrank.config import Config
 from peftrank.errors import ConfigError, DataError, PeftRankError
 from peftrank.formats.slates import read_slates
-from peftrank.model import Entering, RankingModel, move
+from peftrank.model import Entering, RankingModel, hidden_states, move
 from peftrank.prompts import (
     PromptTemplate,
     feature_tensor,
@@ -55,6 +56,9 @@ from peftrank.training.objective import (
 )
 from peftrank.training.optimizers import check_optimizer, make_optimizer, peak_learning_rate
 from peftrank.types import Batch, Slate
+
+_READ_SLATES = 128
+"""How many a method is shown that starts from what its layers are given."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,13 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
         distributed.shard_zero3(base, accelerator)
     own = {id(parameter) for parameter in base.model.parameters()}
     adapted = peft.get_peft_model(base.model, method.config(base.model))
+    if getattr(method, "reads_slates", False):
+        batches = _some_passes(config, base, template, train, training.micro_tokens)
+        try:
+            method.read_slates(adapted, batches, lambda batch: hidden_states(base, batch))
+        except PeftRankError:
+            adapted.unload()
+            raise
     adapter = [p for p in base.model.parameters() if id(p) not in own]
     if sharding == "fsdp2":
         distributed.shard_fsdp2(base, adapter, accelerator)
@@ -253,6 +264,17 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
             adapted.unload()
             raise
     return run
+
+
+def _some_passes(
+    config: Config, base: Base, template: PromptTemplate, slates: Sequence[Slate], tokens: int
+) -> list[Batch]:
+    """Returns passes of slates drawn by the seed: the same in every process and resumed run."""
+    drawn = random.Random(config.seed).sample(range(len(slates)), min(_READ_SLATES, len(slates)))
+    trees = [template.tree(slates[index]) for index in sorted(drawn)]
+    groups = micro_batches(trees, tokens)
+    packed = (pack([trees[i] for i in g], pad_token_id=base.pad_token_id) for g in groups)
+    return [move(batch, base.device) for batch in packed]
 
 
 def _check_labelled(config: Config, part: str, slates: Sequence[Slate], known: Facts) -> None:

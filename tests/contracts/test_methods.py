@@ -21,6 +21,7 @@ from peftrank.training import train as train_run
 CASES = {
     **{name: (name, {}) for name in plugins.available("methods")},
     "adapter-layernorm": ("adapter", {"kind": "houlsby", "layernorm": True}),
+    "lora-eva": ("lora", {"init": "eva", "rho": 2.0, "r": 4}),
     "lora-pissa": ("lora", {"init": "pissa", "r": 4, "rank_pattern": {"q_proj|query": 2}}),
     "lora-olora": ("lora", {"init": "olora", "r": 4}),
 }
