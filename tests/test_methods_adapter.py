@@ -7,8 +7,9 @@ import threading
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
+from test_base import _inputs, _tiny
 
 from peftrank.bank import Bank
 from peftrank.base import base_from_model, state_hash
@@ -260,6 +261,69 @@ def test_lora_files_still_load_on_the_same_base(tiny_decoder, tmp_path):
     with model.disable_adapter():
         PeftModel.from_pretrained(model.base_model.model, tmp_path)
         torch.testing.assert_close(hidden(untouched), hidden(trained), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral", "bert"])
+@pytest.mark.parametrize("kind", [*KINDS, "scaled parallel"])
+def test_every_kind_lives_through_peft_s_whole_life_on_every_type_of_base(
+    kind, architecture, tokenizer, bert_tokenizer, tmp_path
+):
+    """Trains, saves, loads, is chosen, disabled and deleted; LoRA files go on loading."""
+    tokens = bert_tokenizer if architecture == "bert" else tokenizer
+    plain = base_from_model(_tiny(architecture, len(tokens)), tokens, name=architecture)
+    inputs = _inputs(plain)
+    lora, lora_states = _trained(plain, Lora(total_steps=1, r=4), inputs, tmp_path / "lora")
+    options = {"kind": "parallel", "scale": 4.0} if kind == "scaled parallel" else {"kind": kind}
+    method = Adapter(total_steps=1, size=4, **options)
+    with torch.no_grad():
+        expected, states = {}, plain.hidden_states(*inputs)
+    for name, seed in (("a", 0), ("b", 1)):
+        _, expected[name] = _trained(plain, method, inputs, tmp_path / name, seed)
+        assert (expected[name] - states).abs().max() > 1e-3
+    assert (expected["a"] - expected["b"]).abs().max() > 1e-3
+
+    base = copy_of(plain)
+    names = {name: type(module) for name, module in base.model.named_modules()}
+    model = PeftModel.from_pretrained(base.model, tmp_path / "a", adapter_name="a")
+    model.load_adapter(tmp_path / "b", adapter_name="b")
+    found = {name: type(module) for name, module in base.model.named_modules()}
+    assert names.items() <= found.items()
+    with torch.no_grad():
+        for name in ("a", "b", "a"):
+            model.set_adapter(name)
+            torch.testing.assert_close(base.hidden_states(*inputs), expected[name])
+            with model.disable_adapter():
+                assert torch.equal(base.hidden_states(*inputs), states)
+        model.set_adapter("b")
+        model.delete_adapter("a")
+        torch.testing.assert_close(base.hidden_states(*inputs), expected["b"])
+        model.delete_adapter("b")
+        assert torch.equal(base.hidden_states(*inputs), states)
+        assert {name: type(m) for name, m in base.model.named_modules()} == names
+        model.unload()
+        loaded = PeftModel.from_pretrained(base.model, tmp_path / "lora")
+        torch.testing.assert_close(base.hidden_states(*inputs), lora_states)
+    kept = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    assert kept.keys() == lora.keys()
+    assert all(torch.equal(kept[name], lora[name]) for name in lora)
+
+
+def _trained(plain, method, inputs, folder, seed=0):
+    """The files' tensors, and the states of a copy after three steps that reach all of it."""
+    base = copy_of(plain)
+    torch.manual_seed(seed)
+    model = get_peft_model(base.model, method.config(base.model)).train()
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=2e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        base.hidden_states(*inputs).pow(2)[..., : 4 + seed].mean().backward()
+        optimizer.step()
+    assert not [name for name, p in parameters.items() if not p.grad.any()]
+    folder.mkdir()
+    _, tensors = save(method, model.eval(), folder)
+    with torch.no_grad():
+        return tensors, base.hidden_states(*inputs)
 
 
 def test_merging_is_refused_with_the_reason(tiny_decoder):

@@ -50,6 +50,8 @@ def layers(model):
 
 
 def test_a_module_starts_at_the_main_directions_of_its_inputs(base, make_slate):
+    padding = base.model.get_input_embeddings().weight.data[base.pad_token_id]
+    padding.normal_(std=5.0)  # so that it would be seen if it were taken for a token
     batches = passes(base, make_slate)
     seen, handles = {}, []
     for name, module in base.model.named_modules():

@@ -208,13 +208,7 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
         distributed.shard_zero3(base, accelerator)
     own = {id(parameter) for parameter in base.model.parameters()}
     adapted = peft.get_peft_model(base.model, method.config(base.model))
-    if getattr(method, "reads_slates", False):
-        batches = _some_passes(config, base, template, train, training.micro_tokens)
-        try:
-            method.read_slates(adapted, batches, lambda batch: hidden_states(base, batch))
-        except PeftRankError:
-            adapted.unload()
-            raise
+    _show_slates(method, adapted, base, template, train, config)
     adapter = [p for p in base.model.parameters() if id(p) not in own]
     if sharding == "fsdp2":
         distributed.shard_fsdp2(base, adapter, accelerator)
@@ -266,15 +260,30 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
     return run
 
 
-def _some_passes(
-    config: Config, base: Base, template: PromptTemplate, slates: Sequence[Slate], tokens: int
-) -> list[Batch]:
-    """Returns passes of slates drawn by the seed: the same in every process and resumed run."""
+def _show_slates(
+    method: Any,  # noqa: ANN401 - a plug-in
+    adapted: peft.PeftModel,
+    base: Base,
+    template: PromptTemplate,
+    slates: Sequence[Slate],
+    config: Config,
+) -> None:
+    """Lets a method that asks for it see some training slates before it trains.
+
+    They are drawn by the seed, so every process and a resumed run show the same.
+    """
+    if not getattr(method, "reads_slates", False):
+        return
     drawn = random.Random(config.seed).sample(range(len(slates)), min(_READ_SLATES, len(slates)))
     trees = [template.tree(slates[index]) for index in sorted(drawn)]
-    groups = micro_batches(trees, tokens)
+    groups = micro_batches(trees, int(config.training.micro_tokens))
     packed = (pack([trees[i] for i in g], pad_token_id=base.pad_token_id) for g in groups)
-    return [move(batch, base.device) for batch in packed]
+    batches = [move(batch, base.device) for batch in packed]
+    try:
+        method.read_slates(adapted, batches, lambda batch: hidden_states(base, batch))
+    except PeftRankError:
+        adapted.unload()
+        raise
 
 
 def _check_labelled(config: Config, part: str, slates: Sequence[Slate], known: Facts) -> None:
