@@ -155,7 +155,7 @@ def _rank_table(ranks: Mapping[str, Mapping[str, int]]) -> list[str]:
     differ = len({rank for row in ranks.values() for rank in row.values()}) > 1
     if not differ or len(ranks) > _MOST_LAYERS:
         return []
-    modules = list(dict.fromkeys(name for row in ranks.values() for name in row))
+    modules = sorted({name for row in ranks.values() for name in row})
     total = sum(sum(row.values()) for row in ranks.values())
     rows: list[list[object]] = [["layer", *modules]]
     rows += [[layer or "other", *(row.get(m, "") for m in modules)] for layer, row in ranks.items()]

@@ -42,13 +42,14 @@ def draw_ranks(ranks: Ranks, path: Path, *, title: str = "") -> None:
         )
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ConfigError(
             "a picture of ranks needs matplotlib, which is not installed: "
             "pip install 'peftrank[report]'"
         ) from error
     layers = sorted(ranks, key=lambda name: (not name.isdigit(), int(name or 0), name))
-    modules = list(dict.fromkeys(name for layer in layers for name in ranks[layer]))
+    modules = sorted({name for row in ranks.values() for name in row})
     values = [[float(ranks[la].get(m, "nan")) for m in modules] for la in layers]
     if len(layers) > _MOST or len(modules) > _MOST:
         raise AdapterError(
@@ -64,7 +65,7 @@ def draw_ranks(ranks: Ranks, path: Path, *, title: str = "") -> None:
     axes.set_yticks(range(len(layers)), [layer or "other" for layer in layers], parse_math=False)
     axes.set_ylabel("layer")
     axes.set_title(title, parse_math=False)
-    figure.colorbar(image, label="rank")
+    figure.colorbar(image, label="rank", ticks=MaxNLocator(integer=True))
     if len(layers) * len(modules) <= _MOST_NUMBERS:
         for y, row in enumerate(values):
             for x, value in enumerate(row):

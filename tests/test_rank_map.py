@@ -39,9 +39,9 @@ def test_layers_are_rows_in_order_and_modules_are_columns(drawn, tmp_path):
     draw_ranks(RANKS, tmp_path / "ranks.png", title="news_1")
     assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
     assert drawn["set_yticks"][1] == ["9", "10", "other"]
-    assert drawn["set_xticks"][1] == ["mlp.up_proj", "self_attn.q_proj", "head"]
+    assert drawn["set_xticks"][1] == ["head", "mlp.up_proj", "self_attn.q_proj"]
     values = [[None if v != v else v for v in row] for row in drawn["imshow"][0]]
-    assert values == [[12, None, None], [0, 4, None], [None, None, 3]]
+    assert values == [[None, 12, None], [None, 0, 4], [3, None, None]]
     assert drawn["texts"] == ["12", "0", "4", "3"]
 
 
@@ -74,8 +74,8 @@ def test_a_card_has_a_table_where_ranks_differ():
     card = adapter_card(manifest(), peft_config={"r": 12}, ranks=RANKS)
     assert "## Ranks\n\nWhat each module's update has, 19 in all.\n\n" in card
     table = (
-        "| layer | mlp.up\\_proj | self\\_attn.q\\_proj | head |\n"
-        "|---|--:|--:|--:|\n| 10 | 0 | 4 |  |\n| 9 | 12 |  |  |\n| other |  |  | 3 |\n"
+        "| layer | head | mlp.up\\_proj | self\\_attn.q\\_proj |\n"
+        "|---|--:|--:|--:|\n| 10 |  | 0 | 4 |\n| 9 |  | 12 |  |\n| other | 3 |  |  |\n"
     )
     assert table.replace("mlp.", "mlp\\.").replace("attn.", "attn\\.") in card
     same = {"0": {"q": 4}, "1": {"q": 4}}
