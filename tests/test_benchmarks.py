@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import data, games, inference, lengths, startup, training
+from benchmarks import data, games, inference, lengths, methods, startup, training
 from benchmarks.peers import compare, generated, letters, ours, pointwise, pointwise_kv
 from benchmarks.peers.setting import batches, setting, synthetic
 from peftrank.config import load_config
@@ -225,3 +225,35 @@ def test_a_length_in_rows_is_scored_as_in_one_row(tiny_decoder):
     torch.manual_seed(0)
     assert lengths.scoring(given, tree, one_row=True)() == pytest.approx(split, abs=1e-4)
     assert len(split) == 90
+
+
+def test_methods_are_compared_and_what_is_finished_is_kept(
+    prepared, tmp_path, tiny_encoder, monkeypatch, capsys
+):
+    pytest.importorskip("bm25s")
+    monkeypatch.setattr(methods, "load_base", lambda name, **_: tiny_encoder)
+    monkeypatch.setattr(methods, "RATES", (1.0, 3.0))
+    work, found = tmp_path / "work", tmp_path / "methods.json"
+    arguments = [f"--data=games={prepared}", "--methods=LoRA,IA3,top-layers", "--steps=2"]
+    arguments += [f"--work={work}", f"--json={found}", "--rounds=1", "--test=5"]
+    methods.main(arguments)
+    (measured,) = json.loads(found.read_text(encoding="utf-8"))["data"]
+    rows = {row["method"]: row for row in measured["rows"]}
+    assert list(rows) == ["LoRA", "IA3", "top-layers"]
+    for row in rows.values():
+        low, high = row["interval"]
+        assert low <= row["ndcg@10"] <= high
+        assert row["ndcg@10"] == pytest.approx(sum(row["by_seed"]) / 3)
+        assert len(row["trials"]) == 2
+        assert float(f"{row['learning_rate']:g}") in map(float, row["trials"])
+    assert rows["LoRA"]["against_reference"] == [0.0, 0.0, 0.0]
+    assert rows["IA3"]["parameters"] < rows["LoRA"]["parameters"] < rows["top-layers"]["parameters"]
+    assert rows["IA3"]["bytes"] < rows["top-layers"]["bytes"]
+    assert "| top-layers |" in capsys.readouterr().out
+
+    def fail(*_, **__):
+        raise AssertionError("this was finished before")
+
+    monkeypatch.setattr(methods, "train", fail)
+    monkeypatch.setattr(methods, "measure", fail)
+    methods.main(arguments)
