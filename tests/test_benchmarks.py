@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import data, games, inference, lengths, methods, startup, training
+from benchmarks import data, games, inference, lengths, methods, peak, startup, training
 from benchmarks.peers import compare, generated, letters, ours, pointwise, pointwise_kv
 from benchmarks.peers.setting import batches, setting, synthetic
 from peftrank.config import load_config
@@ -257,3 +257,36 @@ def test_methods_are_compared_and_what_is_finished_is_kept(
     monkeypatch.setattr(methods, "train", fail)
     monkeypatch.setattr(methods, "measure", fail)
     methods.main(arguments)
+
+
+def test_counted_products_are_those_that_torch_counts(tiny_decoder):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    slates = synthetic(2, history=2, candidates=3)
+    given = setting(tiny_decoder, slates, micro_tokens=4096, history_length=2, max_tokens=10**6)
+    rows = [[5] * 7]
+    linear, attention = peak.plain_products(tiny_decoder, rows)
+    with FlopCounterMode(display=False) as counted, given.adapted.disable_adapter():
+        peak.plain_forward(given, rows)
+    assert counted.get_flop_counts()["Global"][torch.ops.aten.mm] == linear
+    heads, width = 4, tiny_decoder.hidden_size // 4
+    assert tiny_decoder.model.config.num_attention_heads == heads
+    assert attention == tiny_decoder.num_layers * 4 * heads * width * (7 * 8 // 2)
+    joint = given.trees(mode="joint")
+    whole = [[t for s in tree.segments for t in s.tokens] for tree in joint]
+    assert peak.products(tiny_decoder, joint) == peak.plain_products(tiny_decoder, whole)
+    isolated = peak.products(tiny_decoder, given.trees())
+    assert isolated[1] < peak.products(tiny_decoder, joint)[1]
+
+
+def test_shares_of_the_peak_are_measured(tiny_decoder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(peak, "load_base", lambda name, **_: tiny_decoder)
+    found = tmp_path / "peak.json"
+    arguments = ["--quantizations=none", "--slates=1", "--rounds=1", "--size=64"]
+    peak.main([*arguments, f"--json={found}"])
+    first, *rows = json.loads(found.read_text(encoding="utf-8"))["rows"]
+    assert first["of_peak"]["high"] == 1.0
+    for row in rows:
+        assert sum(row["profile"].values()) == pytest.approx(1.0)
+        assert row["of_peak"]["median"] > 0
+    assert capsys.readouterr().out.count("transformers, ") == 2
