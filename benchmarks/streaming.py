@@ -1,10 +1,12 @@
-"""Memory and time of a training whose slates stay in their Parquet files.
+"""Memory of a training whose slates stay in their Parquet files, and how long it waits for them.
 
     python -m benchmarks.streaming                       # 57,000 and 570,000 slates, some minutes
 
 Slates are those of a simulated log (`benchmarks.data`), ten lists a user, history 20, 20 candidates
-with features. Each size trains in a process of its own, on a base of two small random layers with
-MiniLM's tokenizer, so that what data costs stands out; peak memory is the process's.
+with features. Each case trains in a process of its own: on a base of two small random layers with
+MiniLM's tokenizer, where what data costs stands out; the first size on MiniLM itself too.
+`waiting` is the share of the steps' time in which the loop has nothing to compute with; `inline`
+reads and tokenizes in the loop itself, in place of the thread that works ahead.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.data import write_log
 from benchmarks.measure import RESULTS, describe, machine, write
 
-_STEPS = 100
+_STEPS = {"small": 60, "minilm-l6": 2}
 _PREPARE = """
 import json, sys
 from pathlib import Path
@@ -49,7 +52,9 @@ _TRAIN = """
 import json, re, sys, time
 from pathlib import Path
 from peftrank.config import load_config
-from peftrank.training import train
+from peftrank.training import loop, train
+if sys.argv[3] == "inline":
+    loop.ahead = lambda values, count: (value for value in values)
 begun = time.time()
 train(load_config(domain="news", method="lora", overrides=json.loads(sys.argv[1])),
       output=Path(sys.argv[2]))
@@ -60,31 +65,38 @@ rows = [json.loads(line) for line in log.read_text().splitlines()]
 print(json.dumps({
     "seconds": ended - begun,
     "step_seconds": sum(16 / row["slates_per_second"] for row in rows),
+    "waited_seconds": sum(row["waited_seconds"] for row in rows),
     "peak_bytes": 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status).group(1)),
 }))
 """
 
 
-def measure(interactions: int, base: Path) -> dict[str, Any]:
-    """Returns what preparing and training the slates of a log of this size took."""
+def measure(interactions: int, small: Path, bases: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns what trainings on the slates of a log of this size took."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "log").mkdir()
         write_log(folder / "log", interactions)
         counts = _run(_PREPARE, folder / "log", folder / "slates")
         paths = {part: next((folder / "slates").glob(f"{part}*")) for part in ("train", "valid")}
-        overrides = {
-            **{f"data.{part}": str(path) for part, path in paths.items()},
-            "base.name": str(base),
-            "base.quantization": "none",
-            "method.layers": "all",
-            "training.batch_size": 16,
-            "training.max_steps": _STEPS,
-            "training.eval_slates": 50,
-            "training.patience": _STEPS,
-        }
-        found = _run(_TRAIN, json.dumps(overrides), folder / "store")
-    return {"slates": counts["train"], "steps": _STEPS, **found}
+        rows = []
+        for base in bases:
+            steps = _STEPS[base]
+            for how in ("inline", "ahead"):
+                overrides = {
+                    **{f"data.{part}": str(path) for part, path in paths.items()},
+                    "base.name": str(small) if base == "small" else base,
+                    "base.quantization": "none",
+                    "method.layers": "all",
+                    "training.batch_size": 16,
+                    "training.max_steps": steps,
+                    "training.eval_slates": 8,
+                    "training.patience": steps,
+                }
+                found = _run(_TRAIN, json.dumps(overrides), folder / base / how, how)
+                rows.append({"slates": counts["train"], "base": base, "how": how, "steps": steps})
+                rows[-1].update(found)
+    return rows
 
 
 def _run(code: str, *arguments: object) -> Any:  # noqa: ANN401 - JSON
@@ -107,7 +119,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         _run(_BASE, name)
-        rows = [measure(size, Path(name)) for size in options.interactions]
+        sizes = {size: ("small",) for size in options.interactions} | {
+            options.interactions[0]: tuple(_STEPS)
+        }
+        rows = [row for size in sizes for row in measure(size, Path(name), sizes[size])]
     result = {"machine": machine(("torch", "tokenizers", "pyarrow")), "rows": rows}
     write(options.json, result)
     print(markdown(result))
@@ -118,13 +133,16 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         describe(result["machine"]),
         "",
-        "| training slates | before and after the steps, s | a step of 16, s | peak memory, MiB |",
-        "|--:|--:|--:|--:|",
+        "| training slates | base | data | around the steps, s | a step of 16, s | waiting | "
+        "peak memory, MiB |",
+        "|--:|---|---|--:|--:|--:|--:|",
     ]
     for row in result["rows"]:
+        stepping = row["step_seconds"] + row["waited_seconds"]
         lines.append(
-            f"| {row['slates']:,} | {row['seconds'] - row['step_seconds']:.1f} | "
-            f"{row['step_seconds'] / row['steps']:.3f} | {row['peak_bytes'] / 2**20:,.0f} |"
+            f"| {row['slates']:,} | {row['base']} | {row['how']} | "
+            f"{row['seconds'] - stepping:.1f} | {stepping / row['steps']:.3f} | "
+            f"{row['waited_seconds'] / stepping:.1%} | {row['peak_bytes'] / 2**20:,.0f} |"
         )
     return "\n".join(lines)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import data, games, inference, lengths, methods, peak, startup, training
+from benchmarks import data, games, inference, lengths, methods, peak, startup, streaming, training
 from benchmarks.peers import compare, generated, letters, ours, pointwise, pointwise_kv
 from benchmarks.peers.setting import batches, setting, synthetic
 from peftrank.config import load_config
@@ -290,3 +290,14 @@ def test_shares_of_the_peak_are_measured(tiny_decoder, tmp_path, monkeypatch, ca
         assert sum(row["profile"].values()) == pytest.approx(1.0)
         assert row["of_peak"]["median"] > 0
     assert capsys.readouterr().out.count("transformers, ") == 2
+
+
+@pytest.mark.slow
+def test_trainings_over_stored_slates_are_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(streaming, "_STEPS", {"small": 2})
+    found = tmp_path / "streaming.json"
+    streaming.main(["--interactions", "2000", "--json", str(found)])
+    rows = json.loads(found.read_text(encoding="utf-8"))["rows"]
+    assert [row["how"] for row in rows] == ["inline", "ahead"]
+    assert all(row["waited_seconds"] > 0 and row["peak_bytes"] > 0 for row in rows)
+    assert "| small | ahead |" in capsys.readouterr().out

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_training import make_slates
+from test_training_stored import shards
 from torch import distributed as torch_distributed
 
 from peftrank.config import Config
@@ -38,6 +39,7 @@ METHODS = {
     "pissa": ("lora", {"r": 4, "init": "pissa"}),
     "qlora": ("lora", {"r": 4}),
     "mined": ("lora", {"r": 4}),
+    "stored": ("lora", {"r": 4}),
     trained_together.STOPPED: ("lora", {"r": 4}),
 }
 TRAININGS = {"mined": {"negatives": {"schedule": ["uniform", "hard"], "pool": 12}}}
@@ -192,6 +194,8 @@ def place(tokenizer, tmp_path_factory):
     parts = {"train": make_slates(13), "valid": make_slates(VALID, seed=1)}
     for part, slates in parts.items():
         write_slates(folder / f"{part}.jsonl", slates)
+        (folder / part).mkdir()
+        shards(folder / part, slates)
     (folder / "configs").mkdir()
     for name, (method, options) in METHODS.items():
         quantization = "nf4" if name == "qlora" else "none"
@@ -204,7 +208,9 @@ def place(tokenizer, tmp_path_factory):
                     "compute_dtype": "float32",
                 },
                 "method": {"name": method, **options},
-                "data": {part: folder / f"{part}.jsonl" for part in parts},
+                "data": {
+                    part: folder / (part if name == "stored" else f"{part}.jsonl") for part in parts
+                },
                 "training": {
                     "max_steps": STEPS,
                     "batch_size": 4,
@@ -289,6 +295,11 @@ def assert_same_weights(found, expected):
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=0, atol=1e-5, msg=key)
+
+
+@pytest.mark.slow
+def test_slates_that_stay_in_their_files_train_what_slates_in_memory_do(one):
+    assert losses(one, "stored") == losses(one, "lora")
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """kill -9 at random moments of a training: while it loads, trains, evaluates, saves and publishes.
 
-PEFTRANK_KILLS says how many kills each method gets (2): 23 of them over eleven settings make 253.
+PEFTRANK_KILLS says how many kills each method gets (2): 23 of them over twelve settings make 276.
 """
 
 import multiprocessing
@@ -13,6 +13,7 @@ import pytest
 from killed import run
 from safetensors.torch import load_file
 from test_training import make_slates
+from test_training_stored import shards
 
 from peftrank import store
 from peftrank.config import Config
@@ -32,6 +33,7 @@ METHODS = {
     "parallel": ("adapter", {"kind": "parallel", "size": 4, "layernorm": True}),
     "ia3": ("ia3", {}),
     "bottom": ("lora", {"r": 4, "dropout": 0.1, "layers": "top-1"}),
+    "stored": ("lora", {"r": 4, "dropout": 0.1}),
     "mined": ("lora", {"r": 4, "dropout": 0.1}),
 }
 TRAININGS = {
@@ -74,6 +76,9 @@ def settings(tokenizer, tmp_path_factory):
     for part, slates in (("train", make_slates(13)), ("valid", make_slates(6, seed=1))):
         files[part] = folder / f"{part}.jsonl"
         write_slates(files[part], slates)
+        (folder / part).mkdir()
+        shards(folder / part, slates)
+    stored = {part: folder / part for part in files}
     return {
         name: Config.model_validate(
             {
@@ -84,7 +89,7 @@ def settings(tokenizer, tmp_path_factory):
                     **BASES.get(name, {}),
                 },
                 "method": {"name": method, **options},
-                "data": files,
+                "data": stored if name == "stored" else files,
                 "training": {
                     "max_steps": 9,  # 13 slates in batches of 4: three epochs, kills in between
                     "batch_size": 4,

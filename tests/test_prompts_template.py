@@ -1,5 +1,6 @@
 """Slates become prompt trees: text, special tokens, budgets."""
 
+import copy
 import json
 import threading
 from dataclasses import replace
@@ -8,6 +9,7 @@ import pytest
 
 from peftrank.errors import ConfigError, DataError
 from peftrank.prompts import PromptTemplate, render, separate_token_count, token_count
+from peftrank.prompts import template as template_module
 from peftrank.prompts.tree import depths, ends, path_tokens
 from peftrank.types import Item, Slate
 
@@ -531,3 +533,27 @@ def test_a_budget_that_cuts_the_history_cuts_it_in_steps_too(tokenizer):
     starts = [held[0] for held in _windows(template, titles, 34)]
     assert len(set(starts)) < len(starts)
     assert min(starts) > 0
+
+
+# --- texts whose tokens are kept
+
+
+def test_tokens_of_a_text_are_found_once_for_all_templates_of_a_tokenizer(tokenizer, make_slate):
+    before = build(tokenizer)
+    slate = make_slate(seed=123)
+    expected = before.tree(slate)
+    kept = build(tokenizer)
+    kept.tokenizer = None  # nothing is left to be tokenized
+    assert kept.tree(slate) == expected
+
+
+def test_few_texts_are_kept_and_no_long_ones(tokenizer, make_slate, monkeypatch):
+    monkeypatch.setattr(template_module, "_KNOWN_TEXTS", 5)
+    fresh = copy.deepcopy(tokenizer)
+    bounded = build(fresh)
+    slates = [make_slate(seed=i) for i in range(4)]
+    long = replace(slates[0], candidates=(Item("x", {"title": "amber " * 100}),), labels=None)
+    for slate in (*slates, long, *slates):
+        assert bounded.tree(slate) == build(tokenizer).tree(slate)
+        assert 0 < len(bounded._known) <= 5
+        assert max(map(len, bounded._known)) <= 256

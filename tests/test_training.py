@@ -124,7 +124,10 @@ def logged(output):
 
 
 def untimed(rows):
-    return [{k: v for k, v in row.items() if not k.endswith("_per_second")} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not k.endswith(("_per_second", "_seconds"))}
+        for row in rows
+    ]
 
 
 def weights(path):

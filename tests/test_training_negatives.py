@@ -23,7 +23,7 @@ from peftrank.config import Negatives, PromptConfig, load_config, override
 from peftrank.errors import ConfigError, DataError
 from peftrank.formats.slates import write_slates
 from peftrank.training import loop, train
-from peftrank.training.epochs import as_of_this_epoch
+from peftrank.training.epochs import as_of_epoch
 from peftrank.training.negatives import (
     catalogue,
     check_catalogue,
@@ -166,8 +166,8 @@ def test_each_epoch_has_its_stage_and_the_last_one_stays():
 
 
 def of_epoch(run, epoch):
-    run.step = epoch * -(-len(run.train) // run.config.training.batch_size)
-    return as_of_this_epoch(run, run.train)
+    step = epoch * -(-len(run.train) // run.config.training.batch_size)
+    return as_of_epoch(run, run.train, step)
 
 
 def test_hard_candidates_are_the_pools_best_by_the_model_as_it_is(

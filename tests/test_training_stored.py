@@ -1,6 +1,7 @@
 """Training over slates that stay in Parquet files: as over the same slates in memory."""
 
 import gc
+import threading
 from dataclasses import replace
 
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ from peftrank.errors import ConfigError, DataError
 from peftrank.formats import _stored
 from peftrank.formats._stored import StoredSlates, stored_slates
 from peftrank.formats.slates import write_slates
+from peftrank.prompts import PromptTemplate
 from peftrank.training import Interrupted, checkpoint, loop, train
 from peftrank.training.data import step_batches
 from peftrank.training.run import shared_passes, start
@@ -210,3 +212,38 @@ def test_only_the_validation_slates_that_count_are_read(tiny_decoder, make_confi
     run = start(config, tmp_path / "run", tiny_decoder)
     run.adapted.unload()
     assert run.valid == slates[:2]
+
+
+def test_slates_are_made_ready_in_another_thread_and_that_thread_ends(
+    tiny_decoder, make_config, monkeypatch, tmp_path
+):
+    where, tree = set(), PromptTemplate.tree
+
+    def noted(template, slate):
+        if slate.slate_id.startswith("s"):
+            where.add(threading.current_thread().name)
+        return tree(template, slate)
+
+    monkeypatch.setattr(PromptTemplate, "tree", noted)
+    valid = make_slates(6, seed=1, prefix="v")
+    config = make_config("shards", valid=valid, max_steps=3, eval_steps=1)
+    train(config, output=tmp_path / "out", base=tiny_decoder)
+    assert where == {"peftrank-ahead"}
+    assert not [t for t in threading.enumerate() if t.name == "peftrank-ahead"]
+    assert all(row["waited_seconds"] >= 0 for row in logged(tmp_path / "out"))
+
+
+def test_a_slate_that_cannot_be_read_stops_the_training_at_its_step(
+    tiny_decoder, make_config, tmp_path
+):
+    slates = make_slates(13)
+    config = make_config("shards", train=slates, slates_per_user=1)
+    order = [s.slate_id for batch in step_batches(
+        slates, 4, together=1, seed=0, first_step=0, total_steps=4) for s in batch]  # fmt: skip
+    late = next(i for i, s in enumerate(slates) if s.slate_id == order[9])
+    slates[late] = replace(slates[late], candidates=(replace(slates[late].candidates[0], fields={}),
+                                                     *slates[late].candidates[1:]))  # fmt: skip
+    shards(config.data.train, slates)
+    with pytest.raises(DataError, match=f"slate {order[9]!r}.*has no text"):
+        train(config, output=tmp_path / "out", base=tiny_decoder)
+    assert [row["step"] for row in logged(tmp_path / "out")] == [1, 2]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import overload
 
@@ -64,11 +64,13 @@ class StoredSlates(Sequence[Slate]):
         files: _Files,
         rows: range | Ints | None = None,
         changes: tuple[Callable[[Slate], Slate], ...] = (),
+        held: Mapping[int, Slate] | None = None,
     ) -> None:
-        """See `stored_slates`, `choose` and `changed`."""
+        """See `stored_slates`, `choose`, `changed` and `hold`."""
         self._files = files
         self._rows = range(len(files)) if rows is None else rows
         self._changes = changes
+        self._held = held or {}
 
     def __len__(self) -> int:
         """Returns the number of slates."""
@@ -81,7 +83,7 @@ class StoredSlates(Sequence[Slate]):
     def __getitem__(self, index: int | slice) -> Slate | StoredSlates:
         """Returns a slate, or several, which are read when they are used."""
         if isinstance(index, slice):
-            return StoredSlates(self._files, self._rows[index], self._changes)
+            return StoredSlates(self._files, self._rows[index], self._changes, self._held)
         return self._read(np.array([self._rows[index]]))[0]
 
     def __iter__(self) -> Iterator[Slate]:
@@ -91,11 +93,18 @@ class StoredSlates(Sequence[Slate]):
 
     def choose(self, places: Ints) -> StoredSlates:
         """Returns the slates at the given places, in that order."""
-        return StoredSlates(self._files, np.asarray(self._rows)[places], self._changes)
+        rows = np.asarray(self._rows)[places]
+        return StoredSlates(self._files, rows, self._changes, self._held)
 
     def changed(self, change: Callable[[Slate], Slate]) -> StoredSlates:
         """Returns the same slates, each as `change` makes it of what it was."""
         return StoredSlates(self._files, self._rows, (*self._changes, change))
+
+    def hold(self, part: slice) -> StoredSlates:
+        """Returns the same slates, of which those of a part are read now and kept as they are."""
+        rows = np.asarray(self._rows[part])
+        held = dict(zip(rows.tolist(), self._read(rows), strict=True))
+        return StoredSlates(self._files, self._rows, self._changes, held)
 
     def columns(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Yields columns of all rows of the files, a few thousand rows at a time.
@@ -113,6 +122,8 @@ class StoredSlates(Sequence[Slate]):
         return self._files.fingerprint()
 
     def _read(self, rows: Ints) -> list[Slate]:
+        if all(row in self._held for row in rows.tolist()):
+            return [self._held[row] for row in rows.tolist()]
         slates = self._files.read(rows)
         for change in self._changes:
             slates = [change(slate) for slate in slates]

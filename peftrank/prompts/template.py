@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
@@ -34,6 +35,15 @@ _SENTINEL = "peftrank-user-text"
 _LOCK = threading.Lock()
 
 Tokens = tuple[int, ...]
+
+_KNOWN_TEXTS = 32_768
+"""Texts whose tokens are kept, for each tokenizer: about 15 MB of titles, 100 MB at the most."""
+_LONGEST_KNOWN = 256
+"""Characters; a longer text is tokenized anew each time."""
+_known: WeakKeyDictionary[PreTrainedTokenizerBase, dict[frozenset[int], dict[str, Tokens]]] = (
+    WeakKeyDictionary()
+)
+"""Tokens of texts, by tokenizer and the tokens that none may become; shared by all templates."""
 
 
 class PromptTemplate:
@@ -101,6 +111,7 @@ class PromptTemplate:
         self._opening, self._closing, self._ending = self._turn_tokens()
         self._forbidden = _control_ids(tokenizer)
         self._marker = self._marker_tokens()
+        self._known = _known.setdefault(tokenizer, {}).setdefault(self._forbidden, {})
 
     @property
     def candidate_fields(self) -> frozenset[str]:
@@ -322,14 +333,27 @@ class PromptTemplate:
 
     def _encode(self, texts: Iterable[str]) -> dict[str, Tokens]:
         """Returns the tokens of each text, none of which controls anything."""
-        found = list(texts)
+        found, new = {}, []
+        for text in texts:
+            tokens = self._known.get(text)
+            if tokens is None:
+                new.append(text)
+            else:
+                found[text] = tokens
+        if not new:
+            return found
         with _LOCK:
             rows = self.tokenizer(
-                found, add_special_tokens=False, split_special_tokens=True, verbose=False
+                new, add_special_tokens=False, split_special_tokens=True, verbose=False
             )["input_ids"]
-        # A vocabulary of whole words or sentence pieces may still spell out a special token.
-        kept = (tuple(token for token in row if token not in self._forbidden) for row in rows)
-        return dict(zip(found, kept, strict=True))
+            for text, row in zip(new, rows, strict=True):
+                # A vocabulary of whole words or sentence pieces may still spell out a special one.
+                found[text] = tuple(token for token in row if token not in self._forbidden)
+                if len(text) <= _LONGEST_KNOWN:
+                    self._known[text] = found[text]
+            while len(self._known) > _KNOWN_TEXTS:
+                del self._known[next(iter(self._known))]  # the oldest
+        return found
 
     def _fit(
         self, slate: Slate, fixed: int, history: list[Tokens], leaves: list[CandidateTokens]

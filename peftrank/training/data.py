@@ -145,6 +145,11 @@ def chosen(slates: Sequence[Slate], places: Ints) -> Sequence[Slate]:
     return [slates[place] for place in places.tolist()]
 
 
+def held(slates: Sequence[Slate], part: slice) -> Sequence[Slate]:
+    """Returns the slates with those of a part in memory, where they stay the same objects."""
+    return slates.hold(part) if isinstance(slates, StoredSlates) else slates
+
+
 def changed(slates: Sequence[Slate], change: Callable[[Slate], Slate]) -> Sequence[Slate]:
     """Returns the slates as `change` makes them; stored ones are changed when they are read."""
     if isinstance(slates, StoredSlates):

@@ -170,8 +170,13 @@ def share(slates: Sequence[Slate], accelerator: Accelerator) -> Sequence[Slate]:
 
     Every slate is in one share, and shares differ by at most one slate; there may be none in it.
     """
+    return slates[own(len(slates), accelerator)]
+
+
+def own(count: int, accelerator: Accelerator) -> slice:
+    """Returns which of `count` slates are this process's share."""
     rank, processes = accelerator.process_index, accelerator.num_processes
-    return slates[len(slates) * rank // processes : len(slates) * (rank + 1) // processes]
+    return slice(count * rank // processes, count * (rank + 1) // processes)
 
 
 def broadcast(tensors: Iterable[Tensor], accelerator: Accelerator) -> None:

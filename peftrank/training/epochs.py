@@ -6,7 +6,7 @@ step that reads them. Nothing of it is kept, so a resumed run makes it again, as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -15,16 +15,41 @@ import torch
 
 from peftrank.training import distributed
 from peftrank.training.augment import shuffled, with_fields_dropped
-from peftrank.training.data import changed, steps_per_epoch
+from peftrank.training.data import changed, held, steps_per_epoch
 from peftrank.training.negatives import drawn, hardest, irrelevant, redrawn, stage
 from peftrank.training.run import Run, shared_passes
-from peftrank.types import Item, Slate
+from peftrank.types import Item, PromptTree, Slate
+
+Ready = tuple[Sequence[Slate], dict[int, tuple[Slate, PromptTree]]]
 
 
-def as_of_this_epoch(run: Run, slates: Sequence[Slate]) -> Sequence[Slate]:
-    """Returns slates of the training part as the run's current epoch has them."""
+def made_ready(run: Run, batches: Iterable[Sequence[Slate]], first_step: int) -> Iterator[Ready]:
+    """Yields the slates of each step as they are read, and the trees of this process's share.
+
+    Of the run it reads what does not change, so that another thread may run it ahead of the steps.
+    """
+    for step, given in enumerate(batches, first_step):
+        if needs_weights(run, step):
+            yield held(given, slice(None)), {}  # every process looks at all of them
+            continue
+        slates = as_of_epoch(run, given, step)
+        part = distributed.own(len(slates), run.accelerator)
+        if part.start == part.stop:
+            part = slice(1)  # see `shared_passes`
+        slates = held(slates, part)
+        yield slates, {id(slate): (slate, run.template.tree(slate)) for slate in slates[part]}
+
+
+def needs_weights(run: Run, step: int) -> bool:
+    """Returns whether a step's slates depend on the weights, so that they cannot be made ahead."""
+    settings = run.config.training.negatives
+    return settings is not None and stage(settings, _epoch(run, step)) == "hard"
+
+
+def as_of_epoch(run: Run, slates: Sequence[Slate], step: int) -> Sequence[Slate]:
+    """Returns slates of the training part as the epoch of a step has them."""
     training, seed = run.config.training, run.config.seed
-    epoch = run.step // steps_per_epoch(len(run.train), training.batch_size)
+    epoch = _epoch(run, step)
     if training.negatives is not None:
         slates = _with_negatives(run, list(slates), epoch)
     if dropped := training.field_dropout:
@@ -36,6 +61,10 @@ def as_of_this_epoch(run: Run, slates: Sequence[Slate]) -> Sequence[Slate]:
     if training.shuffle_candidates:
         slates = changed(slates, partial(shuffled, seed=seed, epoch=epoch))
     return slates
+
+
+def _epoch(run: Run, step: int) -> int:
+    return step // steps_per_epoch(len(run.train), run.config.training.batch_size)
 
 
 def _with_negatives(run: Run, slates: Sequence[Slate], epoch: int) -> list[Slate]:

@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -30,8 +30,9 @@ from peftrank.metrics import per_slate
 from peftrank.model import Entering, RankingModel
 from peftrank.readouts.multi_task import RANK
 from peftrank.training import checkpoint, distributed
+from peftrank.training.ahead import ahead
 from peftrank.training.data import step_batches, steps_per_epoch
-from peftrank.training.epochs import as_of_this_epoch
+from peftrank.training.epochs import Ready, as_of_epoch, made_ready, needs_weights
 from peftrank.training.objective import head_scores
 from peftrank.training.progress import Progress
 from peftrank.training.publish import publish
@@ -47,6 +48,8 @@ from peftrank.training.run import (
 from peftrank.types import Batch, Slate
 
 SELECT_BY = "ndcg@10"
+_AHEAD = 2
+"""Steps whose slates are read and tokenized while another one is taken."""
 _FEWEST_TOKENS = 16
 """Per pass; what a configuration may say."""
 
@@ -170,11 +173,26 @@ def _steps(
         first_step=run.step,
         total_steps=run.total_steps,
     )
-    for slates in batches:
+    with closing(ahead(made_ready(run, batches, run.step), _AHEAD)) as steps:
+        _take(run, steps, bar, stopping, watch)
+
+
+def _take(
+    run: Run,
+    steps: Iterator[Ready],
+    bar: Progress,
+    stopping: threading.Event,
+    watch: Callable[[int, float], None] | None,
+) -> None:
+    training = run.config.training
+    asked = time.perf_counter()
+    for given, run.ready in steps:
         started = time.perf_counter()
+        slates = as_of_epoch(run, given, run.step) if needs_weights(run, run.step) else given
         values = _optimize(run, slates)
         run.step += 1
         seconds = time.perf_counter() - started
+        values["waited_seconds"] = started - asked
         values["slates_per_second"] = len(slates) / seconds
         values["tokens_per_second"] = values.pop("tokens") / seconds
         last = run.step == run.total_steps
@@ -196,6 +214,7 @@ def _steps(
             raise Interrupted(message)
         if watch is None and run.step % training.checkpoint_steps == 0 and not last:
             checkpoint.save(run)
+        asked = time.perf_counter()
 
 
 def _optimize(run: Run, slates: Sequence[Slate]) -> dict[str, float]:
@@ -206,7 +225,7 @@ def _optimize(run: Run, slates: Sequence[Slate]) -> dict[str, float]:
     )
     for group in run.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
-    loss, tokens = _backward(run, as_of_this_epoch(run, slates))
+    loss, tokens = _backward(run, slates)
     if not math.isfinite(loss):
         raise Diverged(
             f"the loss is {loss} at step {run.step + 1}. Lower training.learning_rate "

@@ -55,7 +55,7 @@ from peftrank.training.objective import (
     with_propensity,
 )
 from peftrank.training.optimizers import check_optimizer, make_optimizer, peak_learning_rate
-from peftrank.types import Batch, Slate
+from peftrank.types import Batch, PromptTree, Slate
 
 _READ_SLATES = 128
 """How many a method is shown that starts from what its layers are given."""
@@ -108,6 +108,10 @@ class Run:
     history: list[dict[str, float]] = field(default_factory=list)
     """What was logged, one row per step."""
 
+    ready: dict[int, tuple[Slate, PromptTree]] = field(default_factory=dict)
+    """By id, slates of the step at hand, whose trees were made ahead."""
+    kept: dict[int, tuple[Slate, PromptTree]] = field(default_factory=dict)
+    """By id, validation slates and their trees."""
     catalogue: Catalogue | None = None
     """Where training draws irrelevant candidates."""
     bottoms: dict[str, Bottom] = field(default_factory=dict)
@@ -117,6 +121,21 @@ class Run:
     def slates_fingerprint(self) -> str:
         """Of the training and validation slates."""
         return f"{fingerprint(self.train)} {fingerprint(self.valid)}"
+
+    @cached_property
+    def _valid_ids(self) -> frozenset[int]:
+        return frozenset(map(id, self.valid))
+
+    def tree(self, slate: Slate) -> PromptTree:
+        """Returns the prompt tree of a slate; one of `valid` is made once in a run."""
+        key = id(slate)  # unlike slate ids, no two slates of the run share it
+        held, tree = self.ready.get(key) or self.kept.get(key) or (None, None)
+        if held is slate and tree is not None:
+            return tree
+        made = self.template.tree(slate)
+        if key in self._valid_ids:
+            self.kept[key] = slate, made
+        return made
 
     def entering(self, part: str, batch: Batch) -> Entering | None:
         """Returns what is kept of the lower layers for slates of `train` or `valid`."""
@@ -399,7 +418,7 @@ def passes(run: Run, slates: Sequence[Slate]) -> Iterator[tuple[list[Slate], Bat
     its slate, so a longer slate is one pass too.
     """
     ordered = sorted(slates, key=lambda s: (s.user_id, len(s.history), s.slate_id))
-    trees = [run.template.tree(slate) for slate in ordered]
+    trees = [run.tree(slate) for slate in ordered]
     for group in micro_batches(trees, run.micro_tokens):
         part = [ordered[i] for i in group]
         batch = pack(
