@@ -234,6 +234,15 @@ def _from_folder(folder: Path, model_id: str, revision: str | None) -> Checkpoin
     return Checkpoint(folder, model_id, revision, fingerprint)
 
 
+def stored_weights(folder: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a checkpoint, memory-mapped: what is not used is not read.
+
+    Raises:
+        BaseModelError: it has no safetensors weights, or they are damaged.
+    """
+    return dict(_stored_tensors(folder))
+
+
 def _stored_tensors(folder: Path) -> Iterable[tuple[str, Tensor]]:
     """Yields (name, memory-mapped tensor) sorted by name; only touched pages are read."""
     from safetensors import SafetensorError, safe_open

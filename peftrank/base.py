@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -264,6 +265,15 @@ def load_base(
         architecture=kind,
     )
     return _wrap(model, tokenizer, identity, dtype)
+
+
+def stored_weights(name: str, *, revision: str | None = None) -> Mapping[str, Tensor]:
+    """Returns a base's weights as they were before any quantization, memory-mapped.
+
+    Raises:
+        BaseModelError: the base cannot be found.
+    """
+    return _checkpoints.stored_weights(_checkpoints.find_checkpoint(name, revision, None).folder)
 
 
 def load_tokenizer(

@@ -1,8 +1,8 @@
 """LoRA (arXiv 2106.09685): low-rank updates of linear layers.
 
 Rank-stabilised scaling (rsLoRA, arXiv 2312.03732), weight decomposition (DoRA, arXiv 2402.09353),
-a faster B (LoRA+, arXiv 2402.12354) and a start from the base's weights (`_principal`) or from what
-its layers are given (`_eva`) are options.
+a faster B (LoRA+, arXiv 2402.12354) and a start from the base's weights (`_principal`), from what
+quantization lost of them (`_loftq`) or from what the layers are given (`_eva`) are options.
 It makes the configuration and reads tensors; PEFT does the rest. It does not train.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from peftrank.errors import ConfigError
-from peftrank.methods import _eva, _principal, _state
+from peftrank.methods import _eva, _loftq, _principal, _state
 from peftrank.methods._patterns import MOST_REPEATS, endless, matches
 from peftrank.methods._targets import (
     check_layers,
@@ -73,7 +73,8 @@ class Lora:
                 on the size of gradients, so it is a factor on alpha, B being zero at the start.
             init: kaiming or gaussian draw A and set B to zero; eva sets A to the main directions of
                 what each module is given, and divides the ranks by them; pissa and olora start from
-                the base's weights, and the file then holds twice the rank.
+                the base's weights, and the file then holds twice the rank; loftq starts from what
+                quantization took from them.
             rho: With eva, a module's rank is at most rho * r; 1 leaves the ranks as they are.
                 Absent: 2.
 
@@ -100,7 +101,7 @@ class Lora:
         self.rank_pattern, self.alpha_pattern = rank_pattern or {}, alpha_pattern or {}
         self.b_ratio, self.init = b_ratio, init
         self.rho = _eva.RHO if rho is None else rho
-        self.reads_slates = init == "eva"
+        self.reads_slates, self.reads_weights = init == "eva", init == "loftq"
 
     def config(self, base_model: PreTrainedModel) -> PeftConfig:
         """Returns PEFT's configuration for a base.
@@ -108,6 +109,11 @@ class Lora:
         Raises:
             ConfigError: `targets`, `layers` or a key of a pattern match nothing in it.
         """
+        if self.init == "loftq" and not getattr(base_model, "is_quantized", False):
+            raise ConfigError(
+                "method.init=loftq makes up for what quantization lost, and this base is not "
+                "quantized. Set base.quantization (nf4, fp4, int8), or use init kaiming."
+            )
         paths = target_paths(base_model, self.targets, self.layers)
         _check_matches("rank_pattern", self.rank_pattern, paths)
         _check_matches("alpha_pattern", self.alpha_pattern, paths)
@@ -126,13 +132,19 @@ class Lora:
         )
         if self.init == "eva":
             return _eva.prepare(config, self.rho)
-        return config if self.init in _ZERO_INITS else _principal.prepare(config, self.init)
+        if self.init in _principal.INITS:
+            return _principal.prepare(config, self.init)
+        return config
 
     def read_slates(
         self, model: PeftModel, batches: Sequence[Batch], forward: Callable[[Batch], object]
     ) -> None:
         """Starts A from what the modules are given; see `_eva.start`. Only with init eva."""
         _eva.start(model, batches, forward)
+
+    def read_weights(self, model: PeftModel, weights: Mapping[str, Tensor]) -> None:
+        """Starts A and B from what quantization lost; see `_loftq.start`. Only with init loftq."""
+        _loftq.start(model, weights)
 
     def penalty(self, model: PeftModel) -> Tensor | None:
         """Returns None: LoRA adds nothing to the loss."""
@@ -163,7 +175,7 @@ class Lora:
 
 
 def _check_init(init: str, *, dora: bool, b_ratio: float, rho: float | None) -> None:
-    known = (*_ZERO_INITS, *_principal.INITS)
+    known = (*_ZERO_INITS, *_principal.INITS, "loftq")
     if init not in known:
         raise ConfigError(
             f"method.init={init!r}{did_you_mean(init, known)}: expected one of {', '.join(known)}."
@@ -177,7 +189,7 @@ def _check_init(init: str, *, dora: bool, b_ratio: float, rho: float | None) -> 
     if dora:
         raise ConfigError(
             f"method.init={init} and method.dora contradict each other: DoRA's magnitudes are "
-            "those of a weight that nothing was taken from. Leave one of them out."
+            "those of the weight without the start. Leave one of them out."
         )
     if b_ratio != 1:
         raise ConfigError(

@@ -235,10 +235,10 @@ def _check_shardable(
     kind: Sharding, quantization: str, method: str, options: Mapping[str, Any]
 ) -> None:
     whole = "Keep the base whole in each process with configs/accelerate/ddp.yaml"
-    if options.get("init") == "eva":
+    if options.get("init") in ("eva", "loftq"):
         raise ConfigError(
-            f"method.init=eva reads slates before training, and {kind} shards the base before that."
-            f" {whole}."
+            f"method.init={options['init']} starts with the whole base in each process, and {kind} "
+            f"shards it before. {whole}."
         )
     if quantization == "int8" or (quantization != "none" and kind == "zero3"):
         raise ConfigError(

@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from peftrank import plugins
-from peftrank.base import Base, load_base, native_dtype
+from peftrank.base import Base, load_base, native_dtype, stored_weights
 from peftrank.config import Config
 from peftrank.errors import ConfigError, DataError, PeftRankError
 from peftrank.formats.slates import read_slates
@@ -227,7 +227,7 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
         distributed.shard_zero3(base, accelerator)
     own = {id(parameter) for parameter in base.model.parameters()}
     adapted = peft.get_peft_model(base.model, method.config(base.model))
-    _show_slates(method, adapted, base, template, train, config)
+    _show(method, adapted, base, template, train, config)
     adapter = [p for p in base.model.parameters() if id(p) not in own]
     if sharding == "fsdp2":
         distributed.shard_fsdp2(base, adapter, accelerator)
@@ -279,7 +279,7 @@ def start(config: Config, folder: Path, base: Base | None) -> Run:
     return run
 
 
-def _show_slates(
+def _show(
     method: Any,  # noqa: ANN401 - a plug-in
     adapted: peft.PeftModel,
     base: Base,
@@ -287,22 +287,28 @@ def _show_slates(
     slates: Sequence[Slate],
     config: Config,
 ) -> None:
-    """Lets a method that asks for it see some training slates before it trains.
+    """Lets a method see what it asks for before it trains: slates, or the unquantized weights."""
+    try:
+        if getattr(method, "reads_slates", False):
+            batches = _some_passes(config, base, template, slates)
+            method.read_slates(adapted, batches, lambda batch: hidden_states(base, batch))
+        if getattr(method, "reads_weights", False):
+            identity = base.identity
+            method.read_weights(adapted, stored_weights(identity.name, revision=identity.revision))
+    except PeftRankError:
+        adapted.unload()
+        raise
 
-    They are drawn by the seed, so every process and a resumed run show the same.
-    """
-    if not getattr(method, "reads_slates", False):
-        return
+
+def _some_passes(
+    config: Config, base: Base, template: PromptTemplate, slates: Sequence[Slate]
+) -> list[Batch]:
+    """Returns passes of slates drawn by the seed: the same in every process and resumed run."""
     drawn = random.Random(config.seed).sample(range(len(slates)), min(_READ_SLATES, len(slates)))
     trees = [template.tree(slates[index]) for index in sorted(drawn)]
     groups = micro_batches(trees, int(config.training.micro_tokens))
     packed = (pack([trees[i] for i in g], pad_token_id=base.pad_token_id) for g in groups)
-    batches = [move(batch, base.device) for batch in packed]
-    try:
-        method.read_slates(adapted, batches, lambda batch: hidden_states(base, batch))
-    except PeftRankError:
-        adapted.unload()
-        raise
+    return [move(batch, base.device) for batch in packed]
 
 
 def _check_labelled(config: Config, part: str, slates: Sequence[Slate], known: Facts) -> None:
