@@ -31,6 +31,7 @@ from torch.utils.hooks import RemovableHandle
 
 from peftrank.base import Base
 from peftrank.errors import AdapterError, ConfigError
+from peftrank.methods._dequantized import dequantized
 from peftrank.methods._norms import Weights, is_norm, with_weights
 from peftrank.methods._peft_types import KINDS
 from peftrank.methods._sites import (
@@ -465,10 +466,8 @@ def _scaled_output(_: Tensor, output: Tensor, *, factors: Tensor) -> Tensor:
 
 def _stretch(linear: nn.Linear, layer: LoraLayer) -> Tensor:
     """Returns DoRA's magnitude / norm of each row of the updated weight, (outputs,)."""
-    from peft.utils.integrations import dequantize_module_weight  # needed by DoRA alone
-
     device = linear.weight.device
-    weight = cast(Any, dequantize_module_weight)(linear).detach().to(layer.a.dtype)
+    weight = dequantized(linear).detach().to(layer.a.dtype)
     update = _placed(layer.b, device) @ _placed(layer.a, device)
     norm = torch.linalg.vector_norm(weight + layer.scale * update, dim=1)
     stretch: Tensor = _placed(cast(Tensor, layer.magnitude), device) / norm

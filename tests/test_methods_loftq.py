@@ -3,11 +3,11 @@
 import peft
 import pytest
 import torch
-from peft.utils.integrations import dequantize_module_weight
 
 from peftrank.base import load_base, stored_weights
 from peftrank.config import load_config
 from peftrank.errors import BaseModelError, ConfigError
+from peftrank.methods._dequantized import dequantized
 from peftrank.methods._loftq import _named
 from peftrank.methods.lora import Lora
 from peftrank.ranker import Ranker
@@ -38,7 +38,7 @@ def test_the_start_is_the_best_approximation_of_what_was_lost(workplace, quantiz
     layers = {n: m for n, m in model.base_model.model.named_modules() if hasattr(m, "lora_A")}
     assert len(layers) == 14
     for path, layer in layers.items():
-        lost = whole[f"{path}.weight"] - dequantize_module_weight(layer.get_base_layer()).float()
+        lost = whole[f"{path}.weight"] - dequantized(layer.get_base_layer()).float()
         r = 2 if "up_proj" in path else 4
         rest = torch.linalg.svdvals(lost)[r:].norm()  # of the best, by Eckart and Young
         torch.testing.assert_close((lost - layer.get_delta_weight("default")).norm(), rest)
@@ -93,3 +93,18 @@ def test_a_weight_of_another_shape_is_refused(workplace):
     other = {name: torch.zeros(3, 3) for name in stored_weights(base.identity.name)}
     with pytest.raises(BaseModelError, match=r"has shape \(3, 3\)"):
         method.read_weights(model, other)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@torch.no_grad()
+def test_reading_a_quantized_weight_leaves_its_layer_as_it_was(workplace, quantization):
+    """Before the layer's first use and after it, when bitsandbytes keeps its scales elsewhere."""
+    layer = loaded(workplace, quantization).layers[0].mlp.up_proj
+    twin = loaded(workplace, quantization).layers[0].mlp.up_proj
+    x = torch.randn(5, 32)
+    expected, before = twin(x), dequantized(layer)
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(dequantized(layer), before)
+    assert torch.equal(layer(x), expected)
+    whole = stored_weights(str(workplace / "base"))["model.layers.0.mlp.up_proj.weight"]
+    assert 0 < (before - whole).norm() < 0.2 * whole.norm()

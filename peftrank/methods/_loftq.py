@@ -9,15 +9,14 @@ model starts nearer to the unquantized base than to the one it shares.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
 from peftrank.errors import BaseModelError
+from peftrank.methods._dequantized import dequantized
 from peftrank.methods._state import ADAPTER
 
 
@@ -36,7 +35,7 @@ def start(model: PeftModel, weights: Mapping[str, Tensor]) -> None:
     for path, layer in model.base_model.model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        kept = cast(Any, dequantize_module_weight)(layer.get_base_layer()).float()
+        kept = dequantized(layer.get_base_layer()).float()
         whole = _named(f"{path}.weight", weights).to(kept.device).float()
         if whole.shape != kept.shape:
             raise BaseModelError(

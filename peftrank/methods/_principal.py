@@ -13,17 +13,17 @@ A file holds it as a plain LoRA of twice the rank: [A; A0] and [B, -B0]. It reli
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners import lora
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn import functional
 
 from peftrank.errors import ConfigError
 from peftrank.methods import _state
+from peftrank.methods._dequantized import dequantized
 from peftrank.methods._state import ADAPTER
 
 INITS = ("pissa", "olora")
@@ -65,7 +65,7 @@ class PrincipalLinear(lora.Linear):  # type: ignore[misc]
 
     def _weight(self, adapter_name: str) -> Tensor:
         base_layer = self.get_base_layer()
-        weight: Tensor = cast(Any, dequantize_module_weight)(base_layer).detach().float()
+        weight: Tensor = dequantized(base_layer).detach().float()
         if self.r[adapter_name] > min(weight.shape):
             raise ConfigError(
                 f"method.r={self.r[adapter_name]}: the rank of a weight of shape "

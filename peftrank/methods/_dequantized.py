@@ -1,0 +1,24 @@
+"""The weight of a layer as numbers, whatever it is quantized to."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+
+def dequantized(layer: nn.Module) -> Tensor:
+    """Returns a linear layer's weight (outputs, inputs), dequantized; the layer stays as it is.
+
+    PEFT's own function replaces an 8-bit layer's weight on a CPU and loses its scales, if the layer
+    was used before: it then computes no more.
+    """
+    from bitsandbytes.functional import int8_vectorwise_dequant
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight: Any = layer.weight
+    if type(weight).__name__ != "Int8Params":
+        return cast(Tensor, cast(Any, dequantize_module_weight)(layer))
+    used = cast(Any, layer).state.SCB  # the first pass moves the scales here
+    scales = weight.SCB if used is None else used
+    return cast(Tensor, int8_vectorwise_dequant(weight.data, scales.to(weight.device)))
