@@ -1,6 +1,7 @@
 """What a slate costs as its list or its history grows, beside cost in proportion to its tokens.
 
     python -m benchmarks.lengths             # smollm2-135m, bfloat16, 5 to 500 of each
+    OMP_NUM_THREADS=1 python -m benchmarks.lengths --processor    # where other work runs
 
 Scoring in isolated mode, from tokens to scores, as a `Ranker` does it: a list longer than a row in
 several rows with the trunk in each, in passes of `--micro-tokens`. All lengths are run in turns,
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,24 +41,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--micro-tokens", type=int, default=4096, help="per forward pass")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--processor", action="store_true", help="processor seconds, on a CPU")
     parser.add_argument("--json", type=Path, default=RESULTS / "lengths.json")
     options = parser.parse_args(arguments)
     base = load_base(options.base, quantization=options.quantization, compute_dtype=options.dtype)
     given = setting(base, (), micro_tokens=options.micro_tokens, max_tokens=10**9)
     sizes = [(HISTORY, n) for n in options.lengths] + [(n, CANDIDATES) for n in options.lengths]
+    sizes = list(dict.fromkeys([(HISTORY, CANDIDATES), *sizes]))
+    clock = time.process_time if options.processor else time.perf_counter
     result = {
         "machine": machine(),
         **{name: getattr(options, name) for name in ("base", "quantization", "micro_tokens")},
         "compute_dtype": base.identity.compute_dtype,
-        "rows": measured(
-            given, list(dict.fromkeys([(HISTORY, CANDIDATES), *sizes])), options.rounds
-        ),
+        "clock": "processor" if options.processor else "wall",
+        "rows": measured(given, sizes, rounds=options.rounds, clock=clock),
     }
     write(options.json, result)
     print(markdown(result))
 
 
-def measured(given: Setting, sizes: Sequence[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
+def measured(
+    given: Setting, sizes: Sequence[tuple[int, int]], *, rounds: int, clock: Callable[[], float]
+) -> list[dict[str, Any]]:
     """Returns a row for each (history, candidates), the first of which is the reference."""
     cases: dict[Any, Callable[[], list[float]]] = {}
     tokens = {}
@@ -66,7 +72,7 @@ def measured(given: Setting, sizes: Sequence[tuple[int, int]], rounds: int) -> l
         tokens[size] = token_count(tree), computed
         cases[size] = scoring(given, tree)
         cases[size, "one row"] = scoring(given, tree, one_row=True)
-    seconds = interleaved(cases, rounds=rounds)
+    seconds = interleaved(cases, rounds=rounds, clock=clock)
     first = sizes[0]
     return [
         {
@@ -129,7 +135,8 @@ def markdown(result: dict[str, Any]) -> str:
     """Returns the table."""
     lines = [
         describe(result["machine"]),
-        f"{result['base']}, {result['quantization']}, {result['compute_dtype']}",
+        f"{result['base']}, {result['quantization']}, {result['compute_dtype']}; "
+        f"{result['clock']} seconds",
         "",
         "| history | candidates | tokens | with repeated trunks | seconds, in those of the first "
         "| per token | in one row |",

@@ -44,18 +44,25 @@ def describe(found: Mapping[str, Any]) -> str:
 
 
 def interleaved(
-    cases: Mapping[str, Callable[[], Any]], *, rounds: int, warm_up: int = 1
+    cases: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Returns each case's seconds per round; every round runs all cases, so that noise hits all."""
+    """Returns each case's seconds per round; every round runs all cases, so that noise hits all.
+
+    With `time.process_time` as the clock they are processor seconds, of all threads.
+    """
     for _ in range(warm_up):
         for case in cases.values():
             case()
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, case in cases.items():
-            started = time.perf_counter()
+            started = clock()
             case()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     return seconds
 
 

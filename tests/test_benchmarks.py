@@ -207,13 +207,14 @@ def test_preparing_a_simulated_log_is_timed(tmp_path, capsys):
 def test_lengths_are_scored_in_rows_as_in_one(tiny_decoder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lengths, "load_base", lambda name, **_: tiny_decoder)
     found = tmp_path / "lengths.json"
-    options = ["--lengths", "2", "90", "--micro-tokens", "900", "--rounds", "1"]
+    options = ["--lengths", "2", "90", "--micro-tokens", "900", "--rounds", "1", "--processor"]
     lengths.main([*options, f"--json={found}"])
     rows = json.loads(found.read_text(encoding="utf-8"))["rows"]
     sizes = [(row["history"], row["candidates"]) for row in rows]
     assert sizes == [(10, 20), (10, 2), (10, 90), (2, 20), (90, 20)]
     assert len([line for line in capsys.readouterr().out.splitlines() if line[:3] == "| 1"]) == 3
     assert all(row["computed_tokens"] >= row["tokens"] > 0 for row in rows)
+    assert all(row["seconds"] > 0 for row in rows)
     assert rows[2]["computed_tokens"] > rows[2]["tokens"]  # in rows
 
 

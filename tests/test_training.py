@@ -34,6 +34,7 @@ from peftrank.losses.listnet import listnet
 from peftrank.ranker import Ranker
 from peftrank.training import Interrupted, checkpoint, train
 from peftrank.training.loop import learning_rate_factor
+from peftrank.training.run import prompt_arguments
 from peftrank.types import Item, Slate
 
 METHODS = {
@@ -257,6 +258,27 @@ def test_training_learns_what_can_be_learned(kind, request, make_config, tmp_pat
         trained = evaluate(ranker, fresh, domain="demo", metrics=["hit@1"])
     chance = evaluate_scores("random", fresh, by_chance(fresh, train=slates, seed=0), ["hit@1"])
     assert trained.interval("hit@1")[0] > chance.interval("hit@1")[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [20, 3])
+def test_a_base_learns_to_name_the_best_by_its_letter(window, tiny_decoder, make_config, tmp_path):
+    """In one list, and in windows that share the first candidate."""
+    trained = {"batch_size": 32, "max_steps": 400, "eval_steps": 100, "learning_rate": 2e-3}
+    plain = make_config("full", options={}, train=make_slates(2000), **trained)
+    prompt = {"mode": "joint", "chat": "off", "window": window, "template": {"choice": "\n"}}
+    config = Config.model_validate(
+        {**plain.model_dump(), "prompt": prompt, "readout": {"name": "identifier"}}
+    )
+    fresh = make_slates(60, seed=9)
+    with Ranker(tiny_decoder, store=tmp_path) as ranker:
+        ranker.load_readout("plain", prompt=prompt_arguments(config), readout="identifier")
+        before = evaluate(ranker, fresh, domain="plain", metrics=["ndcg@10"])
+    train(config, output=tmp_path, base=tiny_decoder)
+    with Ranker(tiny_decoder, store=tmp_path) as ranker:
+        ranker.load_adapter("demo")
+        after = evaluate(ranker, fresh, domain="demo", metrics=["ndcg@10"])
+    assert after.interval("ndcg@10")[0] > max(0.9, before.interval("ndcg@10")[1])
 
 
 def odd_ones(n, seed):
