@@ -4,12 +4,14 @@ import peft
 import pytest
 import torch
 
+from peftrank.bank import Bank
 from peftrank.base import load_base, stored_weights
 from peftrank.config import load_config
 from peftrank.errors import BaseModelError, ConfigError
 from peftrank.methods._dequantized import dequantized
 from peftrank.methods._loftq import _named
 from peftrank.methods.lora import Lora
+from peftrank.peft_files import AdapterFiles
 from peftrank.ranker import Ranker
 from peftrank.store import active
 from peftrank.training import train as train_run
@@ -108,3 +110,23 @@ def test_reading_a_quantized_weight_leaves_its_layer_as_it_was(workplace, quanti
     assert torch.equal(layer(x), expected)
     whole = stored_weights(str(workplace / "base"))["model.layers.0.mlp.up_proj.weight"]
     assert 0 < (before - whole).norm() < 0.2 * whole.norm()
+
+
+def test_dora_is_refused_where_peft_would_damage_the_base(workplace):
+    with pytest.raises(ConfigError, match="does not train on an 8-bit base on a CPU"):
+        Lora(total_steps=1, dora=True).config(loaded(workplace, "int8").model)
+    assert Lora(total_steps=1, dora=True).config(loaded(workplace, "nf4").model).use_dora
+
+
+@torch.no_grad()
+def test_a_dora_of_another_base_is_served_on_an_8bit_one_that_was_used(workplace, make_slate):
+    base, used = loaded(workplace, "none"), loaded(workplace, "int8")
+    method = Lora(total_steps=1, dora=True, r=4)
+    model = peft.get_peft_model(base.model, method.config(base.model))
+    config, tensors = method.export(model)
+    bank, files = Bank(used), AdapterFiles(config.to_dict(), tensors, {}, {})
+    ids, mask, depth = torch.arange(9)[None] + 10, torch.zeros(1, 1, 9, 9), torch.arange(9)[None]
+    plain = used.hidden_states(ids, mask, depth)
+    with bank.using(bank.place("news", files)):
+        torch.testing.assert_close(used.hidden_states(ids, mask, depth), plain, rtol=0, atol=0.05)
+    assert torch.equal(used.hidden_states(ids, mask, depth), plain)

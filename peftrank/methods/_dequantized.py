@@ -22,3 +22,9 @@ def dequantized(layer: nn.Module) -> Tensor:
     used = cast(Any, layer).state.SCB  # the first pass moves the scales here
     scales = weight.SCB if used is None else used
     return cast(Tensor, int8_vectorwise_dequant(weight.data, scales.to(weight.device)))
+
+
+def has_8bit_on_cpu(model: nn.Module) -> bool:
+    """Returns whether a layer of a model is one that PEFT's own dequantization damages."""
+    weights = (p for p in model.parameters() if type(p).__name__ == "Int8Params")
+    return any(weight.device.type == "cpu" for weight in weights)

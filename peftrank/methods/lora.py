@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from peftrank.errors import ConfigError
 from peftrank.methods import _eva, _loftq, _principal, _state
+from peftrank.methods._dequantized import has_8bit_on_cpu
 from peftrank.methods._patterns import MOST_REPEATS, endless, matches
 from peftrank.methods._targets import (
     check_layers,
@@ -113,6 +114,12 @@ class Lora:
             raise ConfigError(
                 "method.init=loftq makes up for what quantization lost, and this base is not "
                 "quantized. Set base.quantization (nf4, fp4, int8), or use init kaiming."
+            )
+        if self.dora and has_8bit_on_cpu(base_model):
+            raise ConfigError(
+                "method.dora does not train on an 8-bit base on a CPU: PEFT's DoRA reads the "
+                "weights in each pass, and there that takes their scales away. Set "
+                "base.quantization to nf4 or none, or leave method.dora out."
             )
         paths = target_paths(base_model, self.targets, self.layers)
         _check_matches("rank_pattern", self.rank_pattern, paths)
