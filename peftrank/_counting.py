@@ -8,18 +8,21 @@ nobody else ever chose from an item nobody chose.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from peftrank._lists import Floats, Ints, Sequences
+from peftrank._lists import Codes, Floats, Ints, Sequences
 
 UNIT = 1024
 """Fixed-point weights: 1024 is one."""
 WINDOW = 50
 """Items of one sequence further apart than this are no pair, so long sequences stay linear."""
 
+_BLOCK = 1_000_000
+"""Events looked at at once, where each makes several numbers."""
 WANTED_BITS = 26
 """Two to this power bytes tell most pairs that nobody asks for."""
 
@@ -27,21 +30,25 @@ WANTED_BITS = 26
 class EventCounts:
     """Counts of events by key, at any time."""
 
-    def __init__(self, key: Ints, rank: Ints, weights: tuple[Ints, ...] = ()) -> None:
+    def __init__(
+        self, key: Ints | Codes, rank: Ints | Codes, weights: tuple[Ints, ...] = ()
+    ) -> None:
         """Sorts the events once.
 
         Args:
-            key: (E,) what is counted.
+            key: (E,) what is counted, at least 0.
             rank: (E,) time of the event as a rank >= 0.
             weights: further columns that are summed, (E,) each.
         """
         order = np.lexsort((rank, key))
-        self.keys, self._start = np.unique(key[order], return_index=True)
-        self._start = np.append(self._start, len(key))
+        key = key[order]
+        self._start = np.append(np.flatnonzero(np.diff(key, prepend=-1)), len(key))
+        self.keys = key[self._start[:-1]].astype(np.int64)
         self._ranks = int(rank.max(initial=0)) + 2
-        position = np.searchsorted(self.keys, key[order])
-        self._composite = position * self._ranks + rank[order]
-        self._rank = rank[order]
+        position = np.repeat(np.arange(len(self.keys)), np.diff(self._start))
+        position *= self._ranks
+        position += rank[order]
+        self._composite = position
         zero = np.zeros(1, np.int64)
         self._sums = [np.concatenate((zero, np.cumsum(w[order]))) for w in weights]
 
@@ -61,9 +68,9 @@ class EventCounts:
         return self._at(high - 1, high > low)
 
     def _at(self, index: Ints, known: np.ndarray) -> Ints:
-        if not len(self._rank):
+        if not len(self._composite):
             return np.full(len(index), -1, np.int64)
-        return np.where(known, self._rank[np.where(known, index, 0)], -1)
+        return np.where(known, self._composite[np.where(known, index, 0)] % self._ranks, -1)
 
     def _range(self, key: Ints, rank: Ints) -> tuple[Ints, Ints]:
         if not len(self.keys):
@@ -100,20 +107,23 @@ class Statistics:
     def __init__(self, train: Sequences, items: int, *, timed: bool) -> None:
         self.items = items
         self.timed = timed
-        self.user, self.item, self.time, self.position = _first_occurrences(train, items)
+        self.user, self.item, time, self.position = _first_occurrences(train, items)
         self.users = len(train.start) - 1
         self.length = np.bincount(self.user, minlength=self.users)
-        self.moments = np.unique(self.time) if timed else np.zeros(1)
-        rank = np.searchsorted(self.moments, self.time) if timed else np.zeros_like(self.item)
+        self.moments = np.unique(time) if timed else np.zeros(1)
+        rank = np.zeros_like(self.item)
+        if timed:
+            rank = np.searchsorted(self.moments, time).astype(np.int32)
         self.rank = rank
         # With times, nobody asks for a user's own part, nor for depths, which need its end.
         self._own = self._own_order = np.zeros(0, np.int64)
         depth: tuple[Ints, ...] = ()
         if not timed:
-            own = self.user * items + self.item
+            own = self.user.astype(np.int64) * items + self.item
             self._own_order = np.argsort(own, kind="stable")
             self._own = own[self._own_order]
-            depth = (self.position * UNIT // np.maximum(self.length[self.user] - 1, 1),)
+            scaled = self.position.astype(np.int64) * UNIT
+            depth = (scaled // np.maximum(self.length[self.user] - 1, 1),)
         self.popularity = EventCounts(self.item, rank, depth)
         started = np.zeros_like(self.user[self.position == 0])
         self.started = EventCounts(started, rank[self.position == 0])
@@ -132,7 +142,7 @@ class Statistics:
         key = user * self.items + item
         place = np.minimum(np.searchsorted(self._own, key), len(self._own) - 1)
         known = (self._own[place] == key) & (user >= 0)
-        return np.where(known, self.position[self._own_order[place]], -1)
+        return np.where(known, self.position[self._own_order[place]].astype(np.int64), -1)
 
     def met(self, user: Ints, item: Ints) -> np.ndarray:
         """Returns whether the user has the item in the training part, at any time."""
@@ -197,9 +207,12 @@ class Statistics:
         wanted = None if asked is None else _Wanted(asked)
         # With times, a user is as long as it was when the pair happened, not as it became.
         longest = int(self.length.max(initial=0))
-        for gap in range(1, min(WINDOW, longest - 1) + 1):
-            inside = np.flatnonzero(self.user[gap:] == self.user[:-gap])
-            key = self.item[inside] * self.items + self.item[inside + gap]
+        for gap, first in itertools.product(
+            range(1, min(WINDOW, longest - 1) + 1), range(0, len(self.user), _BLOCK)
+        ):
+            later = self.user[first + gap : first + gap + _BLOCK]
+            inside = first + np.flatnonzero(later == self.user[first : first + len(later)])
+            key = self.item[inside].astype(np.int64) * self.items + self.item[inside + gap]
             if wanted is not None:
                 kept = wanted.among(key)
                 inside, key = inside[kept], key[kept]
@@ -235,11 +248,18 @@ class _Wanted:
         return np.asarray(perhaps[self._keys[place] == found])
 
 
-def _first_occurrences(train: Sequences, items: int) -> tuple[Ints, Ints, Floats, Ints]:
+def _first_occurrences(train: Sequences, items: int) -> tuple[Codes, Codes, Floats, Codes]:
     """Returns user, item, time and new position of each user's first event with each item."""
-    user = np.repeat(np.arange(len(train.start) - 1, dtype=np.int64), np.diff(train.start))
-    _, index = np.unique(user * items + train.item, return_index=True)
-    index.sort()
-    user, item, time = user[index], train.item[index].astype(np.int64), train.time[index]
+    found = []
+    bounds = np.searchsorted(train.start, np.arange(0, len(train.item), _BLOCK))
+    for low, high in itertools.pairwise(np.unique([*bounds, len(train.start) - 1]).tolist()):
+        begin, end = train.start[low], train.start[high]
+        user = np.repeat(np.arange(low, high), np.diff(train.start[low : high + 1]))
+        _, index = np.unique(user * items + train.item[begin:end], return_index=True)
+        index.sort()
+        found.append((user[index].astype(np.int32), begin + index))
+    user = np.concatenate([np.zeros(0, np.int32), *(u for u, _ in found)])
+    index = np.concatenate([np.zeros(0, np.int64), *(i for _, i in found)])
     start = np.searchsorted(user, np.arange(len(train.start) - 1))
-    return user, item, time, np.arange(len(user)) - start[user]
+    position = np.arange(len(user)) - start[user]
+    return user, train.item[index].astype(np.int32), train.time[index], position.astype(np.int32)

@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy.sparse.linalg import svds
 
-from peftrank._lists import Ints
+from peftrank._lists import Codes, Ints
 
 _DENSE = 200
 """Matrices up to this size are decomposed exactly."""
@@ -35,7 +35,7 @@ class Embedding:
 
 
 def fit(
-    user: Ints, item: Ints, items: int, words: sp.csr_matrix | None, dimensions: int
+    user: Ints | Codes, item: Ints | Codes, items: int, words: sp.csr_matrix | None, dimensions: int
 ) -> Embedding | None:
     """Returns the embedding of the given events, or None if they are too few to decompose.
 

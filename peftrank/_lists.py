@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+Codes = NDArray[np.int32]
+"""Where there is one for each event of a log: half the bytes. Keys made of them are Ints."""
 
 PARTS = ("train", "valid", "test")
 
@@ -23,11 +25,11 @@ class Sequences:
 
     start: Ints
     """(U+1,)"""
-    item: Ints
+    item: Codes
     """(E,)"""
     time: Floats
     """(E,) UTC epoch seconds, NaN = unknown."""
-    value: Floats
+    value: NDArray[np.float32]
     """(E,) rating, play count, or 1."""
 
 

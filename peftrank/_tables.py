@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from peftrank import slates as make
-from peftrank._lists import PARTS, Floats, Ints, Lists, Sequences, Shown
+from peftrank._lists import PARTS, Codes, Floats, Ints, Lists, Sequences, Shown
 from peftrank.errors import ConfigError, DataError
 from peftrank.formats._log import Impression, Log
 from peftrank.formats.slates import read_run
@@ -155,7 +155,7 @@ class Table:
         sequences: Sequences,
         targets: make.Targets,
         user: Ints,
-        chosen: tuple[Ints, make.Codes],
+        chosen: tuple[Ints, Codes],
     ) -> Made:
         settings = self.settings
         kept = np.arange(len(user))
@@ -211,15 +211,15 @@ class Table:
         start = np.searchsorted(user, np.arange(len(self.user_ids) + 1))
         return Sequences(
             start=start.astype(np.int64),
-            item=self.log.item[order].astype(np.int64),
+            item=self.log.item[order],
             time=self.log.timestamp[order],
-            value=self.log.value[order].astype(np.float64),
+            value=self.log.value[order],
         )
 
     def _training(self, sequences: Sequences, targets: make.Targets) -> Sequences:
         keep = targets.training.copy()
-        user = np.repeat(np.arange(len(self.user_ids)), np.diff(sequences.start))
         if self.person is not None:
+            user = np.repeat(np.arange(len(self.user_ids)), np.diff(sequences.start))
             # A friendship is listed from both sides: a held-out one must go from both.
             total = len(self.user_ids)
             mine = user * total + self.person[sequences.item]
@@ -232,7 +232,7 @@ class Table:
 
     def _negatives(
         self, every: Sequences, sequences: Sequences, targets: make.Targets, train: Sequences
-    ) -> tuple[Ints, make.Codes]:
+    ) -> tuple[Ints, Codes]:
         items, settings = len(self.log.item_ids), self.settings
         user = np.searchsorted(sequences.start, targets.event, side="right") - 1
         known = np.repeat(np.arange(len(self.user_ids)), np.diff(every.start))
@@ -243,7 +243,7 @@ class Table:
             known = np.concatenate((known, self.person[selves] * items + selves))
         known.sort()
         known = known[np.diff(known, prepend=-1) > 0]
-        target = sequences.item[targets.event]
+        target = sequences.item[targets.event].astype(np.int64)
         if settings.negatives.startswith("run:"):
             position = targets.event - sequences.start[user]
             names = [
@@ -405,8 +405,8 @@ class Table:
         order = np.lexsort((np.nan_to_num(table[:, 1], nan=-np.inf), table[:, 0]))
         table = table[order]
         start = np.searchsorted(table[:, 0], np.arange(len(self.user_ids) + 1))
-        item = table[:, 2].astype(np.int64)
-        return Sequences(start.astype(np.int64), item, table[:, 1], table[:, 3])
+        item, value = table[:, 2].astype(np.int32), table[:, 3].astype(np.float32)
+        return Sequences(start.astype(np.int64), item, table[:, 1], value)
 
     def _shown(self, rows: Sequence[Impression]) -> Shown:
         labelled = [row for row in rows if row.labels is not None]

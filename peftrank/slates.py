@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from peftrank._chunks import ranges
-from peftrank._lists import Floats, Ints, Lists, Sequences
+from peftrank._lists import Codes, Floats, Ints, Lists, Sequences
 from peftrank.errors import ConfigError, DataError
 
 SPLITS = ("leave-one-out", "time", "users", "given")
@@ -24,8 +23,6 @@ _ROUNDS = 30
 BLOCK = 1_000_000
 """Candidates in memory at once, while they are drawn or laid out."""
 _NONE = np.iinfo(np.int32).max
-
-Codes = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -335,7 +332,7 @@ def from_targets(
         own = np.arange(len(event))
         slate = np.concatenate((own, np.repeat(own, np.diff(begin))))
         gain = sequences.value[event] if labels == "rating" else np.ones(len(event))
-        label = np.concatenate((gain, np.zeros(len(negative))))
+        label = np.concatenate((gain.astype(np.float64), np.zeros(len(negative))))
         turn = np.concatenate((of_targets.random(len(event)), of_negatives.random(len(negative))))
         order = np.lexsort((turn, slate))
         names = (
@@ -347,10 +344,10 @@ def from_targets(
             part=targets.part[rows],
             time=sequences.time[event],
             history_start=_starts(event - first),
-            history=sequences.item[past],
-            feedback=sequences.value[past],
+            history=sequences.item[past].astype(np.int64),
+            feedback=sequences.value[past].astype(np.float64),
             candidate_start=_starts(np.diff(begin) + 1),
-            candidate=np.concatenate((sequences.item[event], negative.astype(np.int64)))[order],
+            candidate=np.concatenate((sequences.item[event], negative))[order].astype(np.int64),
             label=label[order],
         )
 

@@ -16,12 +16,12 @@ COUNTED = ("popularity", "item_knn", "transition", "recency")
 
 
 def sequences(rows, times=None):
-    item = np.array([i for row in rows for i in row], np.int64)
+    item = np.array([i for row in rows for i in row], np.int32)
     time = np.full(len(item), np.nan)
     if times is not None:
         time = np.array([t for row in times for t in row], float)
     start = np.concatenate(([0], np.cumsum([len(row) for row in rows]))).astype(np.int64)
-    return Sequences(start, item, time, np.ones(len(item)))
+    return Sequences(start, item, time, np.ones(len(item), np.float32))
 
 
 def lists(rows, time=None):
@@ -134,8 +134,27 @@ def test_features_do_not_depend_on_how_much_is_counted_at_once(timed, monkeypatc
     for name, value in (("_PAIRS", 0), ("_ASKED", 100), ("_CHUNK", 40)):
         monkeypatch.setattr(features, name, value)
     monkeypatch.setattr(_counting, "WANTED_BITS", 3)
+    monkeypatch.setattr(_counting, "_BLOCK", 3)
     assert np.array_equal(straight, compute(slates, State(source), groups), equal_nan=True)
     assert not np.isnan(straight).all()
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_codes_of_a_large_catalogue_give_the_same_features(timed):
+    rng = np.random.default_rng(0)
+    rows = [rng.permutation(ITEMS)[: rng.integers(1, 9)].tolist() for _ in range(30)]
+    times = [np.sort(rng.integers(20, size=len(row))).tolist() for row in rows]
+    shown = [rng.permutation(ITEMS)[:5].tolist() for _ in rows]
+
+    def found(scale):  # a code times the number of items exceeds 32 bits
+        past = [[scale * item for item in row] for row in rows]
+        slates = lists(
+            [(u, past[u][:-1], [scale * item for item in shown[u]]) for u in range(30)], [20] * 30
+        )
+        source = Source(sequences(past, times), scale * ITEMS, timed=timed)
+        return compute(slates, State(source), COUNTED)
+
+    np.testing.assert_array_equal(found(10_000_000), found(1))
 
 
 @settings(max_examples=20, deadline=None)
