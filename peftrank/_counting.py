@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,14 +32,14 @@ class EventCounts:
     """Counts of events by key, at any time."""
 
     def __init__(
-        self, key: Ints | Codes, rank: Ints | Codes, weights: tuple[Ints, ...] = ()
+        self, key: Ints | Codes, rank: Ints | Codes, weights: tuple[np.ndarray, ...] = ()
     ) -> None:
         """Sorts the events once.
 
         Args:
             key: (E,) what is counted, at least 0.
             rank: (E,) time of the event as a rank >= 0.
-            weights: further columns that are summed, (E,) each.
+            weights: further columns of integers that are summed, (E,) each.
         """
         order = np.lexsort((rank, key))
         key = key[order]
@@ -49,8 +50,10 @@ class EventCounts:
         position *= self._ranks
         position += rank[order]
         self._composite = position
-        zero = np.zeros(1, np.int64)
-        self._sums = [np.concatenate((zero, np.cumsum(w[order]))) for w in weights]
+        del key
+        self._sums = [np.zeros(len(order) + 1, np.int64) for _ in weights]
+        for total, weight in zip(self._sums, weights, strict=True):
+            np.cumsum(weight[order], out=total[1:])
 
     def before(self, key: Ints, rank: Ints) -> list[Ints]:
         """Returns the count, then the sum of each weight, of events with a smaller rank."""
@@ -202,7 +205,9 @@ class Statistics:
         Args:
             asked: The only ones that will be asked for, `first * items + second`; absent: all.
         """
-        keys, ranks, near, light = [], [], [], []
+        # What matches is most of the memory: no number is wider than it must be.
+        keys, ranks = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
+        near, light = [np.zeros(0, np.int16)], [np.zeros(0, np.int16)]
         self._pairs = None
         wanted = None if asked is None else _Wanted(asked)
         # With times, a user is as long as it was when the pair happened, not as it became.
@@ -220,11 +225,16 @@ class Statistics:
             others = self.position[last] if self.timed else self.length[self.user[last]] - 1
             keys.append(key)
             ranks.append(self.rank[last])
-            near.append(np.full(len(inside), UNIT // gap))
-            light.append(UNIT // np.maximum(others, 1))
-        columns = (np.concatenate([np.zeros(0, np.int64), *c]) for c in (keys, ranks, near, light))
-        key, rank, near_sum, light_sum = columns
-        self._pairs = EventCounts(key, rank, (near_sum, light_sum))
+            near.append(np.full(len(inside), UNIT // gap, np.int16))
+            light.append((UNIT // np.maximum(others, 1)).astype(np.int16))
+        self._pairs = EventCounts(_joined(keys), _joined(ranks), (_joined(near), _joined(light)))
+
+
+def _joined(pieces: list[Any]) -> Any:  # noqa: ANN401 - arrays of one type
+    """Returns the pieces as one array, and lets go of them."""
+    whole = np.concatenate(pieces)
+    pieces.clear()
+    return whole
 
 
 class _Wanted:
