@@ -115,7 +115,7 @@ def test_layers_that_are_skipped_are_those_of_the_base(base, method, monkeypatch
     dropped = bank.place("dropped", files, skip_layers=1)
     with bank.using(dropped):
         found = base.hidden_states(ids, mask, depth)
-    # Of PiSSA's update two parts cancel, each as large as the weight's own: more rounding in float32.
+    # Two parts of PiSSA's update cancel, each as large as the weight's own: more is rounded.
     assert relative(found, expected) < (1e-5 if method in ("pissa", "olora") else 1e-6)
     with bank.using(whole):
         assert relative(base.hidden_states(ids, mask, depth), expected) > 1e-4
