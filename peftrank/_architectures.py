@@ -1,6 +1,6 @@
 """What is known about each supported architecture: layers, positions, masks, and their order.
 
-Only `base` uses this. An architecture is listed once its hidden states under a prompt tree's mask
+An architecture is listed once its hidden states under a prompt tree's mask
 were checked against its ordinary forward (tests/test_base.py does so for each).
 """
 
@@ -61,6 +61,15 @@ def check_architecture(name: str, config: Mapping[str, Any]) -> str:
         f"base {name!r} has the architecture {kind!r}: {reason}. Supported: decoders "
         f"({', '.join(DECODERS)}) and encoders ({', '.join(ENCODERS)})."
     )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Returns whether a module is one linear layer, whatever its weights are quantized to.
+
+    bitsandbytes' layers are subclasses of `nn.Linear`; those of GPTQ and AWQ only have its sizes.
+    """
+    sized = all(isinstance(getattr(module, f"{end}_features", None), int) for end in ("in", "out"))
+    return isinstance(module, nn.Linear) or (sized and not any(module.children()))
 
 
 def blocks(model: PreTrainedModel) -> nn.ModuleList:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from peftrank._architectures import is_linear
 from peftrank.base import Base
 from peftrank.errors import AdapterError, ConfigError
 from peftrank.methods._dequantized import dequantized
@@ -178,7 +179,9 @@ class Bank:
                     f"adapter {name!r} changes a {given} weight at {path!r}, where the base has "
                     f"{expected}. It belongs to another base."
                 )
-            changes[path, "linear"], size = _lora_change(linear, layer, self._ready)
+            changes[path, "linear"], size = _lora_change(
+                linear, layer, self._ready, self.base.device
+            )
             nbytes += size
         return Banked(name, changes, nbytes)
 
@@ -194,7 +197,7 @@ class Bank:
                     f"adapter {name!r} has {factors.numel()} factors for the {where} of {path!r}, "
                     f"where the base has {expected}. It belongs to another base."
                 )
-            placed = _placed(factors, linear.weight.device)  # float32: see methods/ia3.py
+            placed = _placed(factors, self.base.device)  # float32: see methods/ia3.py
             if where == "input":
                 changes[path, "linear input"] = partial(_scaled, factors=placed)
             else:
@@ -245,7 +248,7 @@ class Bank:
                 f"adapter {name!r} has weights {given} for {path!r}, where the base has "
                 f"{expected}. It belongs to another base."
             )
-        device, dtype = linear.weight.device, self.base.compute_dtype
+        device, dtype = self.base.device, self.base.compute_dtype
         return {part: _placed(t, device).to(dtype) for part, t in weights.items()}
 
     def _bottleneck(self, name: str, files: AdapterFiles, skipped: tuple[str, ...]) -> Banked:
@@ -309,13 +312,13 @@ class Bank:
 
     def _linear(self, name: str, path: str) -> nn.Linear:
         module = self._module(name, path)
-        if not isinstance(module, nn.Linear):
+        if not is_linear(module):
             raise AdapterError(
                 f"adapter {name!r} has weights for a linear {path!r}, which is a "
                 f"{type(module).__name__}. The bank applies LoRA and IA3 to Linear modules of a "
                 "base that PEFT has not changed."
             )
-        return module
+        return cast(nn.Linear, module)  # or one of the same sizes with quantized weights
 
     def _hook(self, adapter: Banked) -> None:
         # A hook stays until close(), although its adapter may go: removing one under a running
@@ -416,13 +419,15 @@ class _Instead:
 
 
 def _lora_change(
-    linear: nn.Linear, layer: LoraLayer, ready: Callable[[Tensor, torch.device], Tensor]
+    linear: nn.Linear,
+    layer: LoraLayer,
+    ready: Callable[[Tensor, torch.device], Tensor],
+    device: torch.device,
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
     """Returns (input, output) -> output with the update, and the bytes it holds."""
-    device = linear.weight.device
     a, b = ready(layer.a, device), ready(layer.b, device)
     bias = None if layer.bias is None else ready(layer.bias, device)
-    stretch = None if layer.magnitude is None else _stretch(linear, layer)
+    stretch = None if layer.magnitude is None else _stretch(linear, layer, device)
     # PEFT rounds the update before the sum on bitsandbytes layers, and the sum elsewhere.
     early = type(linear).__module__.startswith("bitsandbytes.")
     change = partial(
@@ -464,9 +469,8 @@ def _scaled_output(_: Tensor, output: Tensor, *, factors: Tensor) -> Tensor:
     return _scaled(output, factors=factors)
 
 
-def _stretch(linear: nn.Linear, layer: LoraLayer) -> Tensor:
+def _stretch(linear: nn.Linear, layer: LoraLayer, device: torch.device) -> Tensor:
     """Returns DoRA's magnitude / norm of each row of the updated weight, (outputs,)."""
-    device = linear.weight.device
     weight = dequantized(linear).detach().to(layer.a.dtype)
     update = _placed(layer.b, device) @ _placed(layer.a, device)
     norm = torch.linalg.vector_norm(weight + layer.scale * update, dim=1)

@@ -45,7 +45,9 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
+QUANTIZATIONS = ("nf4", "fp4", "int8", "none", "stored")
+_PACKAGES = {"gptq": "gptqmodel and optimum", "awq": "gptqmodel", "bitsandbytes": "bitsandbytes"}
+"""What transformers loads a stored quantization with, of those that adapters were run on."""
 _COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -64,6 +66,7 @@ class BaseIdentity:
     tokenizer_hash: str
     quantization: str
     double_quant: bool
+    quantize_embeddings: bool
     compute_dtype: str
     architecture: str
     """The model type of its config: `llama`, `bert`, ..."""
@@ -97,10 +100,24 @@ class Base:
 
     @property
     def lm_head(self) -> Tensor | None:
-        """(V, H) weight of the vocabulary head, tied or not; None for encoders."""
+        """(V, H) weight of the vocabulary head, tied or not; None for encoders.
+
+        Packed embeddings are dequantized anew each time; keep only the rows that are read.
+
+        Raises:
+            BaseModelError: a stored checkpoint has it quantized.
+        """
         if not self.is_decoder:
             return None
-        return cast(Tensor, self.model.get_output_embeddings().weight)
+        head = self.model.get_output_embeddings()
+        weight = getattr(head, "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            raise BaseModelError(
+                f"the vocabulary head of {self.identity.name} is a quantized "
+                f"{type(head).__name__}, whose rows cannot be read. Get a checkpoint whose lm_head "
+                "is not quantized."
+            )
+        return weight
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -209,6 +226,7 @@ def load_base(
     *,
     quantization: str = "nf4",
     double_quant: bool = True,
+    quantize_embeddings: bool = False,
     compute_dtype: str = "auto",
     revision: str | None = None,
     device: str = "auto",
@@ -220,8 +238,11 @@ def load_base(
 
     Args:
         name: An alias of bases.yaml, a local folder or .gguf file, or a Hub id.
-        quantization: nf4 or fp4 (QLoRA, arXiv 2305.14314), int8 (arXiv 2208.07339), or none.
+        quantization: nf4 or fp4 (QLoRA, arXiv 2305.14314), int8 (arXiv 2208.07339), none, or
+            stored: as the checkpoint itself is quantized (GPTQ, AWQ, bitsandbytes).
         double_quant: For nf4 and fp4: quantize the quantization constants too.
+        quantize_embeddings: For nf4 and fp4: the token embeddings and the vocabulary head too,
+            which bitsandbytes leaves whole. Of a small model they are most of what is left.
         compute_dtype: auto, float32, bfloat16 or float16. auto: bfloat16 where the device computes
             it natively, else float32.
         revision: Branch, tag or commit on the Hub.
@@ -230,10 +251,14 @@ def load_base(
             ~/.cache/peftrank.
 
     Raises:
-        ConfigError: an option has an unknown value.
+        ConfigError: an option has an unknown value, or does not fit how the checkpoint is stored.
         BaseModelError: the base cannot be found, or is of a kind that is not supported.
     """
     _check_option("quantization", quantization, QUANTIZATIONS)
+    if quantize_embeddings and quantization not in ("nf4", "fp4"):
+        raise ConfigError(
+            f"quantize_embeddings is for quantization nf4 and fp4, and this is {quantization}."
+        )
     _check_option("compute_dtype", compute_dtype, _COMPUTE_DTYPES)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers fork after its use
     _bound_kernel_caches()
@@ -244,14 +269,20 @@ def load_base(
         checkpoint = _checkpoints.find_checkpoint(name, revision, cache_dir)
         config = _checkpoints.read_json(checkpoint.folder / "config.json")
         kind = check_architecture(name, config)
+        _check_stored(name, config.get("quantization_config"), quantization)
         double_quant = double_quant and quantization in ("nf4", "fp4")
         settings = _quantization_config(quantization, double_quant, dtype)
         if settings is None:
             model = _load_model(checkpoint.folder, kind, dtype, place, None)
+            _keep_weights_unpacked(model)
         else:
             scheme = f"{quantization}{'-double' if double_quant else ''}"
             root = _checkpoints.cache_root(cache_dir)
             model = _load_quantized(checkpoint, kind, dtype, place, settings, root, scheme)
+        if quantize_embeddings:
+            from peftrank._packed_embedding import pack_embeddings
+
+            pack_embeddings(model, quantization)
         tokenizer = _checkpoints.read_tokenizer(checkpoint.folder)
     identity = BaseIdentity(
         name=name,
@@ -261,6 +292,7 @@ def load_base(
         tokenizer_hash=_checkpoints.tokenizer_fingerprint(tokenizer),
         quantization=quantization,
         double_quant=double_quant,
+        quantize_embeddings=quantize_embeddings,
         compute_dtype=str(dtype).removeprefix("torch."),
         architecture=kind,
     )
@@ -328,6 +360,7 @@ def base_from_model(
         tokenizer_hash=_checkpoints.tokenizer_fingerprint(tokenizer),
         quantization="none",
         double_quant=False,
+        quantize_embeddings=False,
         compute_dtype=str(dtype).removeprefix("torch."),
         architecture=kind,
     )
@@ -440,7 +473,7 @@ def _load_model(
             output_loading_info=True,
             **extra,
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (ImportError, NotImplementedError, OSError, RuntimeError, ValueError) as error:
         raise BaseModelError(f"cannot load the model in {folder}: {error}") from error
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
@@ -479,6 +512,8 @@ def _keep_weights_unpacked(model: nn.Module) -> None:
     On CPUs with AVX512-BF16 that would leave a later training without gradients, and whatever
     shares the weights with wrong scores (bitsandbytes nn/modules.py, Linear4bit.forward).
     """
+    if not getattr(model, "is_quantized", False):
+        return
     from bitsandbytes.nn import Linear4bit
 
     for module in model.modules():
@@ -492,7 +527,7 @@ def _quantization_config(
     from transformers import BitsAndBytesConfig
 
     # Token readouts read rows of the vocabulary head, so it stays as it is.
-    if quantization == "none":
+    if quantization in ("none", "stored"):
         return None
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
@@ -503,6 +538,29 @@ def _quantization_config(
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=["lm_head"],
     )
+
+
+def _check_stored(name: str, stored: Any, quantization: str) -> None:  # noqa: ANN401 - of a file
+    """Raises unless `quantization` fits what a checkpoint's config says of its weights."""
+    if stored is None:
+        if quantization == "stored":
+            raise ConfigError(
+                f"quantization is stored, but the weights of {name} are stored unquantized. Use "
+                "nf4, fp4, int8 or none."
+            )
+        return
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    if method not in _PACKAGES:
+        raise BaseModelError(
+            f"{name} is stored quantized by {method!r}, on which adapters were never run here. "
+            f"Supported: {', '.join(_PACKAGES)}, or an unquantized checkpoint of the same model."
+        )
+    if quantization != "stored":
+        raise ConfigError(
+            f"quantization is {quantization}, but {name} is stored quantized ({method}). Use "
+            f"quantization stored, which needs {_PACKAGES[method]}, or an unquantized checkpoint "
+            "of the same model."
+        )
 
 
 def _check_mask(mask: Tensor) -> None:

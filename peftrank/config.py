@@ -64,9 +64,12 @@ class BaseConfig(_Section):
 
     name: str = "smollm2-135m"
     """An alias of bases.yaml, a local folder, or a Hub id."""
-    quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    quantization: Literal["nf4", "fp4", "int8", "none", "stored"] = "nf4"
+    """stored: as the checkpoint itself is quantized (GPTQ, AWQ, bitsandbytes)."""
     double_quant: bool = True
     """Quantize the quantization constants too (QLoRA, arXiv 2305.14314)."""
+    quantize_embeddings: bool = False
+    """With nf4 and fp4: the token embeddings and the vocabulary head too."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 where the machine computes it natively, else float32."""
     revision: str | None = None

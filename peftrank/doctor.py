@@ -380,9 +380,17 @@ def _stored_bytes(base: Base, config: Config) -> tuple[int, int, int]:
     constants of the blocks' quantized weights (which stay whole).
     """
     quantization = config.base.quantization
-    packed = {"none": None, "int8": 1.0, "nf4": 0.5, "fp4": 0.5}[quantization]
+    stored = getattr(base.model.config, "quantization_config", None)
+    if quantization == "stored" and stored is None:
+        raise ConfigError(
+            f"base.quantization is stored, but {config.base.name} is stored unquantized. Use nf4, "
+            "fp4, int8 or none."
+        )
     # One constant for 64 weights: 32 bits, or, quantized themselves, 8 bits and 32 for 256 of them.
+    packed = {"none": None, "int8": 1.0, "nf4": 0.5, "fp4": 0.5}.get(quantization)
     per_weight = (1 + 4 / 256) / 64 if config.base.double_quant else 4 / 64
+    if quantization == "stored":
+        packed, per_weight = _stored_rates(stored)
     inside = {id(module) for block in base.layers for module in block.modules()}
     head = base.model.get_output_embeddings() if base.is_decoder else None
     seen: set[int] = set()
@@ -393,7 +401,9 @@ def _stored_bytes(base: Base, config: Config) -> tuple[int, int, int]:
                 continue
             seen.add(id(parameter))
             linear = isinstance(module, nn.Linear) and module is not head and parameter.dim() == 2
-            if packed is None or not linear:
+            if config.base.quantize_embeddings and not linear and _looks_up(module, head):
+                size, extra = parameter.numel() * (0.5 + 4 / 64), 0.0
+            elif packed is None or not linear:
                 size, extra = float(parameter.numel() * parameter.dtype.itemsize), 0.0
             elif quantization == "int8":
                 size, extra = parameter.numel() * packed, 4.0 * parameter.shape[0]
@@ -405,6 +415,23 @@ def _stored_bytes(base: Base, config: Config) -> tuple[int, int, int]:
             else:
                 outside += size + extra
     return int(outside), int(weights), int(constants)
+
+
+def _stored_rates(stored: Any) -> tuple[float, float]:  # noqa: ANN401 - of a config.json
+    """Returns the bytes of a weight and of its constants in a checkpoint that is quantized."""
+    given = stored if isinstance(stored, dict) else stored.to_dict()
+    if given.get("quant_method") == "bitsandbytes":
+        if given.get("load_in_8bit"):
+            return 1.0, 0.0
+        double = given.get("bnb_4bit_use_double_quant")
+        return 0.5, (1 + 4 / 256) / 64 if double else 4 / 64
+    bits = given.get("bits", 4)
+    group = given.get("group_size", 128)  # a scale in 16 bits and a zero point for so many weights
+    return bits / 8, (2 + bits / 8) / group if group > 0 else 0.0
+
+
+def _looks_up(module: nn.Module, head: nn.Module | None) -> bool:
+    return module is head or isinstance(module, nn.Embedding) and module.num_embeddings > 1024
 
 
 def _kept_bytes(config: Config, base: Base, slate_tokens: int | None) -> int:

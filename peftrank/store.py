@@ -78,6 +78,13 @@ def verify(path: Path) -> None:
     load_adapter(path)
 
 
+def base_arguments(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what `load_base` needs to load the base that an adapter was trained on."""
+    trained = manifest["base"]
+    wanted = {key: trained[key] for key in ("name", "quantization", "double_quant", "revision")}
+    return wanted | {"quantize_embeddings": trained.get("quantize_embeddings", False)}
+
+
 def check_base(manifest: Mapping[str, Any], identity: BaseIdentity) -> None:
     """Raises AdapterError if an adapter was trained on another base or tokenizer.
 

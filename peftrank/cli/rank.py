@@ -121,12 +121,12 @@ def _base(
     settings: Config, adapter: Adapter, base: str | None, set_: list[str] | None
 ) -> dict[str, Any]:
     """Returns the arguments of `load_base`: the base asked for, else the adapter's own."""
+    from peftrank.store import base_arguments
+
     wanted = settings.base.model_dump()
     if base is not None or any(text.strip().startswith("base.") for text in set_ or ()):
         return wanted
-    trained = adapter.manifest["base"]
-    kept = ("name", "quantization", "double_quant", "revision")
-    return wanted | {key: trained[key] for key in kept}
+    return wanted | base_arguments(adapter.manifest)
 
 
 def _loaded(adapter: Adapter, base: dict[str, Any], domain: str) -> Ranker:

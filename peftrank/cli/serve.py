@@ -30,7 +30,8 @@ def command(
         str | None, typer.Option(help="Absent: the base of the first domain's adapter.")
     ] = None,
     quantization: Annotated[
-        str | None, typer.Option(help="nf4, fp4, int8 or none; absent: as that adapter's base.")
+        str | None,
+        typer.Option(help="nf4, fp4, int8, none or stored; absent: as that adapter's base."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     host: Annotated[

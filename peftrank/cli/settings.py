@@ -130,12 +130,10 @@ def ranker_for(
     """
     from peftrank.base import load_base
     from peftrank.ranker import Ranker
-    from peftrank.store import load_adapter
+    from peftrank.store import base_arguments, load_adapter
 
     wanted = settings.base
     asked = base is not None or any(text.strip().startswith("base.") for text in set_ or ())
     if adapter is not None and not asked:
-        trained = load_adapter(adapter).manifest["base"]
-        kept = ("name", "quantization", "double_quant", "revision")
-        wanted = wanted.model_copy(update={key: trained[key] for key in kept})
+        wanted = wanted.model_copy(update=base_arguments(load_adapter(adapter).manifest))
     return Ranker(load_base(**wanted.model_dump()), store=store)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 
@@ -13,6 +14,8 @@ def dequantized(layer: nn.Module) -> Tensor:
     PEFT's own function replaces an 8-bit layer's weight on a CPU and loses its scales, if the layer
     was used before: it then computes no more.
     """
+    if not hasattr(layer, "weight"):
+        return _by_products(layer)
     from bitsandbytes.functional import int8_vectorwise_dequant
     from peft.utils.integrations import dequantize_module_weight
 
@@ -22,6 +25,16 @@ def dequantized(layer: nn.Module) -> Tensor:
     used = cast(Any, layer).state.SCB  # the first pass moves the scales here
     scales = weight.SCB if used is None else used
     return cast(Tensor, int8_vectorwise_dequant(weight.data, scales.to(weight.device)))
+
+
+@torch.no_grad()
+def _by_products(layer: nn.Module) -> Tensor:
+    """Returns a GPTQ or AWQ layer's weight: what it makes of each unit vector, less its bias."""
+    device = next(layer.buffers()).device
+    units = torch.eye(cast(Any, layer).in_features, device=device)
+    bias = getattr(layer, "bias", None)
+    found: Tensor = type(layer).forward(layer, units)  # not its hooks, which may be adapters'
+    return (found if bias is None else found - bias).T.contiguous()
 
 
 def has_8bit_on_cpu(model: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import PreTrainedModel
 
+from peftrank._architectures import is_linear
 from peftrank.errors import ConfigError
 
 _ATTENTION = frozenset({"attention", "attn", "self_attention", "self_attn"})
@@ -146,8 +147,7 @@ def _chosen(model: PreTrainedModel, targets: str, layers: str) -> tuple[str, lis
 
 
 def _linear_names(block: nn.Module) -> list[str]:
-    # bitsandbytes' 4- and 8-bit layers are subclasses of nn.Linear.
-    return [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name, module in block.named_modules() if is_linear(module)]
 
 
 def _matches(targets: str, name: str, path: str) -> bool:

@@ -190,12 +190,12 @@ def wanted_base(
     wanted: dict[str, Any] = {}
     for domain in stores.domains(store) if domains is None else domains:
         try:
-            trained = stores.load_adapter(stores.resolve(domain, store)).manifest["base"]
+            manifest = stores.load_adapter(stores.resolve(domain, store)).manifest
         except AdapterError:
             if domains is not None:
                 raise
             continue  # the watcher raises its alarm
-        wanted = {key: trained[key] for key in ("name", "quantization", "double_quant", "revision")}
+        wanted = stores.base_arguments(manifest)
         break
     if base is not None and base != wanted.get("name"):
         wanted = {"name": base}

@@ -240,9 +240,9 @@ def _check_shardable(
             f"method.init={options['init']} starts with the whole base in each process, and {kind} "
             f"shards it before. {whole}."
         )
-    if quantization == "int8" or (quantization != "none" and kind == "zero3"):
+    if quantization in ("int8", "stored") or (quantization != "none" and kind == "zero3"):
         raise ConfigError(
-            f"{kind} cannot shard a base with quantization {quantization}: bitsandbytes keeps what "
+            f"{kind} cannot shard a base with quantization {quantization}: its layers keep what "
             f"belongs to a weight beside it. {whole}, or set base.quantization=none."
         )
     reads_weights, everywhere = None, bool(options.get("dora"))

@@ -294,6 +294,11 @@ def _show(
             method.read_slates(adapted, batches, lambda batch: hidden_states(base, batch))
         if getattr(method, "reads_weights", False):
             identity = base.identity
+            if identity.quantization == "stored":
+                raise ConfigError(
+                    f"method.init={config.method.options.get('init')} needs the base's weights "
+                    f"before quantization, and {identity.name} has none. Use init kaiming."
+                )
             method.read_weights(adapted, stored_weights(identity.name, revision=identity.revision))
     except PeftRankError:
         adapted.unload()
@@ -338,6 +343,7 @@ def configured_base(config: Config, device: torch.device, *, sharded: bool = Fal
         config.base.name,
         quantization=config.base.quantization,
         double_quant=config.base.double_quant,
+        quantize_embeddings=config.base.quantize_embeddings,
         compute_dtype=dtype,
         revision=config.base.revision,
         # Sharding moves a block at a time. Quantized weights move less well, and are small.
