@@ -256,7 +256,7 @@ class Bank:
         nbytes = 0
         sites = {site.path: site for site in bottleneck_sites(files.peft_config, files.tensors)}
         for site in _without(skipped, sites).values():
-            device = next(self._module(name, site.path).parameters()).device
+            device = self.base.device
             down_w, down_b, up_w, up_b = (self._ready(files.tensors[n], device) for n in site.names)
             if up_w.shape[0] != self.base.hidden_size:
                 raise AdapterError(

@@ -393,6 +393,7 @@ def _stored_bytes(base: Base, config: Config) -> tuple[int, int, int]:
         packed, per_weight = _stored_rates(stored)
     inside = {id(module) for block in base.layers for module in block.modules()}
     head = base.model.get_output_embeddings() if base.is_decoder else None
+    rows = base.model.get_input_embeddings()
     seen: set[int] = set()
     outside = weights = constants = 0.0
     for module in base.model.modules():
@@ -401,7 +402,7 @@ def _stored_bytes(base: Base, config: Config) -> tuple[int, int, int]:
                 continue
             seen.add(id(parameter))
             linear = isinstance(module, nn.Linear) and module is not head and parameter.dim() == 2
-            if config.base.quantize_embeddings and not linear and _looks_up(module, head):
+            if config.base.quantize_embeddings and module in (head, rows):
                 size, extra = parameter.numel() * (0.5 + 4 / 64), 0.0
             elif packed is None or not linear:
                 size, extra = float(parameter.numel() * parameter.dtype.itemsize), 0.0
@@ -428,10 +429,6 @@ def _stored_rates(stored: Any) -> tuple[float, float]:  # noqa: ANN401 - of a co
     bits = given.get("bits", 4)
     group = given.get("group_size", 128)  # a scale in 16 bits and a zero point for so many weights
     return bits / 8, (2 + bits / 8) / group if group > 0 else 0.0
-
-
-def _looks_up(module: nn.Module, head: nn.Module | None) -> bool:
-    return module is head or isinstance(module, nn.Embedding) and module.num_embeddings > 1024
 
 
 def _kept_bytes(config: Config, base: Base, slate_tokens: int | None) -> int:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -113,7 +114,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         nn.init.zeros_(down.bias)
         nn.init.zeros_(up.weight)
         nn.init.zeros_(up.bias)
-        device = next(target.parameters()).device
+        device = next(chain(target.parameters(), target.buffers())).device
         if not down.weight.is_meta:  # PEFT creates on meta what a file will fill
             down, up = down.to(device), up.to(device)
         self.down[adapter_name], self.up[adapter_name] = down, up

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
+
+from peftrank._architectures import is_linear
 
 
 def dequantized(layer: nn.Module) -> Tensor:
@@ -14,8 +15,6 @@ def dequantized(layer: nn.Module) -> Tensor:
     PEFT's own function replaces an 8-bit layer's weight on a CPU and loses its scales, if the layer
     was used before: it then computes no more.
     """
-    if not hasattr(layer, "weight"):
-        return _by_products(layer)
     from bitsandbytes.functional import int8_vectorwise_dequant
     from peft.utils.integrations import dequantize_module_weight
 
@@ -27,14 +26,9 @@ def dequantized(layer: nn.Module) -> Tensor:
     return cast(Tensor, int8_vectorwise_dequant(weight.data, scales.to(weight.device)))
 
 
-@torch.no_grad()
-def _by_products(layer: nn.Module) -> Tensor:
-    """Returns a GPTQ or AWQ layer's weight: what it makes of each unit vector, less its bias."""
-    device = next(layer.buffers()).device
-    units = torch.eye(cast(Any, layer).in_features, device=device)
-    bias = getattr(layer, "bias", None)
-    found: Tensor = type(layer).forward(layer, units)  # not its hooks, which may be adapters'
-    return (found if bias is None else found - bias).T.contiguous()
+def has_unreadable(model: nn.Module) -> bool:
+    """Returns whether a linear layer of a model shows no weight, as with GPTQ and AWQ."""
+    return any(is_linear(module) and not hasattr(module, "weight") for module in model.modules())
 
 
 def has_8bit_on_cpu(model: nn.Module) -> bool:

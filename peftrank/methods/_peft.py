@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from peftrank.errors import ConfigError
 from peftrank.methods import _state
 from peftrank.methods._norms import block_norms
+from peftrank.methods._dequantized import has_unreadable
 from peftrank.methods._peft_types import KINDS, OWN, REFUSED
 from peftrank.methods._skeleton import adapter_layers, skeleton
 from peftrank.methods._targets import (
@@ -89,6 +90,12 @@ class PeftMethod:
             raise ConfigError(
                 f"method peft:{self.kind} reads the base's weights themselves, and in PEFT only "
                 "where they are not quantized: set base.quantization=none, or use method lora."
+            )
+        if has_unreadable(base_model):
+            raise ConfigError(
+                f"method peft:{self.kind} was never run on a GPTQ or AWQ checkpoint, whose layers "
+                "show no weights. Use method lora, adalora or adapter, or an unquantized checkpoint "
+                "of the same model."
             )
         self._try(base_model)
         config = self._peft_config(self._paths(base_model))

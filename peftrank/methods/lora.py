@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from peftrank.errors import ConfigError
 from peftrank.methods import _eva, _loftq, _principal, _state
-from peftrank.methods._dequantized import has_8bit_on_cpu
+from peftrank.methods._dequantized import has_8bit_on_cpu, has_unreadable
 from peftrank.methods._patterns import MOST_REPEATS, endless, matches
 from peftrank.methods._targets import (
     check_layers,
@@ -114,6 +114,12 @@ class Lora:
             raise ConfigError(
                 "method.init=loftq makes up for what quantization lost, and this base is not "
                 "quantized. Set base.quantization (nf4, fp4, int8), or use init kaiming."
+            )
+        if (self.dora or self.init in _principal.INITS) and has_unreadable(base_model):
+            raise ConfigError(
+                f"method.{'dora' if self.dora else f'init={self.init}'} reads the base's weights, "
+                "which layers of a GPTQ or AWQ checkpoint do not show. Leave it out, or use an "
+                "unquantized checkpoint of the same model."
             )
         if self.dora and has_8bit_on_cpu(base_model):
             raise ConfigError(
