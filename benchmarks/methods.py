@@ -3,9 +3,11 @@
     python -m benchmarks.methods --data games=slates/games --data ml100k=slates/ml100k
 
 For each folder of prepared slates (docs/real-data.md) and each method, the learning rate is chosen
-among the same multiples of the method's default by validation nDCG@10; then three further seeds are
-trained with it and measured on the test part. The readout sees text alone. What is finished is kept
-in `--work`, so the command goes on where it was stopped.
+among the same multiples of the method's default by validation nDCG@10, with the first of three
+seeds. All three are measured on the test part. The readout sees text alone. Every adapter is in the
+same top layers, so what leaves those below is computed once for all trainings
+(`training.bottom_cache`). What is finished is kept in `--work`, so the command goes on where it was
+stopped.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import RESULTS, describe, machine, ratio, shown, write
-from peftrank import plugins
+from peftrank import plugins, store
 from peftrank.base import Base, load_base
 from peftrank.config import Config, load_config
 from peftrank.evaluation import Evaluation, compare, evaluate, evaluate_scores
 from peftrank.ranker import Ranker
 from peftrank.training import train
 from peftrank.training.data import folder_data, read_part
-from peftrank.training.loop import Diverged, _given_back, _optimize, measure
+from peftrank.training.loop import Diverged, _given_back, _optimize
 from peftrank.training.run import start
 from peftrank.types import Slate
 
@@ -42,11 +44,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "Pfeiffer": {"name": "adapter", "kind": "pfeiffer", "size": 72},
     "parallel": {"name": "adapter", "kind": "parallel", "size": 72},
     "IA3": {"name": "ia3"},
-    "top-layers": {"name": "top-layers", "layers": "top-1"},
+    "top-layers": {"name": "top-layers"},
 }
 REFERENCE = "LoRA"
 RATES = (0.3, 1.0, 3.0)
-TUNING_SEED, SEEDS = 0, (1, 2, 3)
+SEEDS = (0, 1, 2)
 METRIC = "ndcg@10"
 FLOORS = ("random", "popularity", "bm25")
 
@@ -57,16 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="Some of the methods.")
     parser.add_argument("--base", default="minilm-l6")
     parser.add_argument("--quantization", default="none")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--test", type=int, default=500, help="The first lists of the test part.")
+    parser.add_argument("--layers", default="top-2", help="all, or top-K: where adapters are.")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--test", type=int, default=300, help="The first lists of the test part.")
     parser.add_argument("--rounds", type=int, default=3, help="Of the speed's measurement.")
     parser.add_argument("--work", type=Path, default=Path("build/methods"))
     parser.add_argument("--json", type=Path, default=RESULTS / "methods.json")
     options = parser.parse_args(arguments)
-    base = load_base(options.base, quantization=options.quantization)
+    base = load_base(options.base, quantization=options.quantization, compute_dtype="float32")
     result: dict[str, Any] = {
         "machine": machine(),
         "base": f"{options.base} ({options.quantization})",
+        "layers": options.layers,
         "steps": options.steps,
         "trials": len(RATES),
         "seeds": len(SEEDS),
@@ -87,10 +91,17 @@ def measured(name: str, folder: Path, base: Base, options: argparse.Namespace) -
     cells = {}
     for method in chosen:
         work = options.work / name / method
-        tuned = configured(name, folder, method, base, options.steps)
-        rate, trials = best_rate(tuned, work, base)
-        runs = [seeded(tuned, rate, seed, work, base, test) for seed in SEEDS]
-        cells[method] = {"rate": rate, "trials": trials, "runs": runs}
+        config = configured(name, folder, method, base, options)
+        default = plugins.load("methods", config.method.name).learning_rate
+        rates = [default * factor for factor in RATES]
+        trials = {rate: trained(config, rate, SEEDS[0], work, base) for rate in rates}
+        best = max(rates, key=lambda rate: trials[rate].get("valid", -1.0))
+        runs = [trained(config, best, seed, work, base) for seed in SEEDS]
+        cells[method] = {
+            "rate": best,
+            "trials": {f"{rate:g}": trial.get("valid") for rate, trial in trials.items()},
+            "runs": [tested(run, base, test) for run in runs],
+        }
     floors = [floor(n, test, train_slates) for n in FLOORS]
     evaluations = {method: pooled(method, cell["runs"]) for method, cell in cells.items()}
     reference = evaluations.get(REFERENCE)
@@ -119,7 +130,9 @@ def measured(name: str, folder: Path, base: Base, options: argparse.Namespace) -
     return {"name": name, "test": len(test), "floors": found, "rows": rows}
 
 
-def configured(name: str, folder: Path, method: str, base: Base, steps: int) -> Config:
+def configured(
+    name: str, folder: Path, method: str, base: Base, options: argparse.Namespace
+) -> Config:
     """Returns a method's training on a folder, at the method's default learning rate."""
     domain = "video" if name.startswith(("ml", "micro")) else "ecommerce"
     parts = folder_data(folder)
@@ -127,60 +140,51 @@ def configured(name: str, folder: Path, method: str, base: Base, steps: int) -> 
         domain=domain,
         overrides={
             "base": {"name": base.identity.name, "quantization": base.identity.quantization},
+            "base.compute_dtype": base.identity.compute_dtype,
             "data": {"train": str(parts.train), "valid": str(parts.valid), "features": []},
-            "method": METHODS[method],
+            "method": METHODS[method] | {"layers": options.layers},
             "readout": {"name": "score_head", "width": 128, "match": True},
             "prompt.history_length": 6,
             "prompt.item_tokens": 12,
-            "training.max_steps": steps,
+            "training.max_steps": options.steps,
             "training.batch_size": 8,
             "training.micro_tokens": 4096,
-            "training.eval_steps": max(1, steps // 2),
+            "training.eval_steps": options.steps,
             "training.eval_slates": 100,
+            "training.bottom_cache": "off" if options.layers == "all" else "memory",
         },
     )
 
 
-def best_rate(config: Config, work: Path, base: Base) -> tuple[float, dict[str, float | None]]:
-    """Returns the learning rate with the best validation nDCG@10, and what each reached."""
-    default = plugins.load("methods", config.method.name).learning_rate
-    found: dict[str, float | None] = {}
-    for factor in RATES:
-        rate = default * factor
-        done = work / f"trial-{factor:g}.json"
-        if not done.is_file():
-            trial = with_training(config, TUNING_SEED, learning_rate=rate)
-            value: float | None
-            try:
-                value = measure(
-                    trial, folder=work / f"trial-{factor:g}", base=base, watch=lambda *_: None
-                )
-            except Diverged:
-                value = None
-            write(done, {"rate": rate, "value": value})
-        found[f"{rate:g}"] = json.loads(done.read_text(encoding="utf-8"))["value"]
-    best = max(found, key=lambda rate: -1.0 if found[rate] is None else found[rate])
-    return float(best), found
-
-
-def seeded(
-    config: Config, rate: float, seed: int, work: Path, base: Base, test: Sequence[Slate]
-) -> dict[str, Any]:
-    """Returns a training's test values, one a list, and the size of what it left."""
-    done = work / f"seed-{seed}.json"
+def trained(config: Config, rate: float, seed: int, work: Path, base: Base) -> dict[str, Any]:
+    """Returns where a training's adapter is and its validation nDCG@10; nothing if it diverged."""
+    output = work / f"{rate:g}-{seed}"
+    done = Path(f"{output}.json")
     if not done.is_file():
-        store = work / f"seed-{seed}"
-        adapter = train(with_training(config, seed, learning_rate=rate), output=store, base=base)
+        run: dict[str, Any] = {"output": str(output)}
+        seeded = with_training(config, seed, learning_rate=rate)
+        try:
+            adapter = train(seeded, output=output, base=base)
+        except Diverged:
+            pass
+        else:
+            valid = store.describe(adapter)["metrics"][f"valid_{METRIC}"]
+            run |= {"adapter": str(adapter), "valid": valid}
+        write(done, run)
+    found: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+    return found
+
+
+def tested(run: dict[str, Any], base: Base, test: Sequence[Slate]) -> dict[str, Any]:
+    """Returns an adapter's test values, one a list, and the bytes of its files of weights."""
+    done = Path(run["output"] + "-tested.json")
+    if not done.is_file():
+        adapter = Path(run["adapter"])
         with Ranker(base) as ranker:
             domain = ranker.load_adapter(adapter)
             values = evaluate(ranker, test, domain=domain, metrics=(METRIC,)).values[METRIC]
-        write(
-            done,
-            {
-                "values": values.tolist(),
-                "bytes": sum(f.stat().st_size for f in adapter.glob("*.safetensors")),
-            },
-        )
+        size = sum(f.stat().st_size for f in adapter.glob("*.safetensors"))
+        write(done, {"values": values.tolist(), "bytes": size})
     found: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
     return found
 
@@ -214,7 +218,7 @@ def speed(
     parameters: dict[str, int] = {}
     for _ in range(options.rounds):
         for method in methods:
-            config = configured(name, folder, method, base, options.steps)
+            config = configured(name, folder, method, base, options)
             run = start(config, options.work / "speed", base)
             with _given_back(run):
                 trained = [p for p in base.model.parameters() if p.requires_grad]
@@ -258,7 +262,8 @@ def markdown(result: dict[str, Any]) -> str:
         floors = ", ".join(f"{name} {value:.3f}" for name, value in data["floors"].items())
         lines += [
             "",
-            f"{data['name']}: {result['base']}, {result['steps']} steps of 8 lists, "
+            f"{data['name']}: {result['base']}, layers {result['layers']}, "
+            f"{result['steps']} steps of 8 lists, "
             f"{data['test']} test lists, {result['seeds']} seeds; {floors}",
             "",
             "| method | learning rate | nDCG@10 | seeds | - LoRA | parameters | KB on disk "

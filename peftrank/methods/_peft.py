@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from peftrank.errors import ConfigError
 from peftrank.methods import _state
-from peftrank.methods._norms import block_norms
 from peftrank.methods._dequantized import has_unreadable
+from peftrank.methods._norms import block_norms
 from peftrank.methods._peft_types import KINDS, OWN, REFUSED
 from peftrank.methods._skeleton import adapter_layers, skeleton
 from peftrank.methods._targets import (
@@ -94,8 +94,8 @@ class PeftMethod:
         if has_unreadable(base_model):
             raise ConfigError(
                 f"method peft:{self.kind} was never run on a GPTQ or AWQ checkpoint, whose layers "
-                "show no weights. Use method lora, adalora or adapter, or an unquantized checkpoint "
-                "of the same model."
+                "show no weights. Use method lora, adalora or adapter, or an unquantized "
+                "checkpoint of the same model."
             )
         self._try(base_model)
         config = self._peft_config(self._paths(base_model))
