@@ -4,7 +4,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import data, games, inference, lengths, methods, peak, startup, streaming, training
+from benchmarks import (
+    data,
+    games,
+    inference,
+    lengths,
+    methods,
+    peak,
+    quantization,
+    startup,
+    streaming,
+    training,
+)
 from benchmarks.peers import compare, generated, letters, ours, pointwise, pointwise_kv
 from benchmarks.peers.setting import batches, setting, synthetic
 from peftrank.config import load_config
@@ -258,6 +269,24 @@ def test_methods_are_compared_and_what_is_finished_is_kept(
 
     monkeypatch.setattr(methods, "train", fail)
     methods.main(arguments)
+
+
+def test_quantizations_are_compared_on_the_same_seeds(
+    prepared, workplace, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("PEFTRANK_CACHE", str(tmp_path / "cache"))
+    name, work = str(workplace / "base"), tmp_path / "work"
+    arguments = [f"--data=games={prepared}", f"--base={name}", f"--bytes-of={name}", "--steps=2"]
+    arguments += ["--layers=top-1", "--test=5", "--variants=none;nf4;nf4, double, embeddings"]
+    quantization.main([*arguments, f"--work={work}", f"--json={tmp_path / 'q.json'}"])
+    found = json.loads((tmp_path / "q.json").read_text(encoding="utf-8"))
+    sizes = found["bytes"][name]
+    assert sizes["none"] == 1
+    assert sizes["nf4, double, embeddings"] < sizes["nf4"] < 1
+    rows = {row["variant"]: row for row in found["data"][0]["rows"]}
+    assert rows["none"]["against_none"] == [0.0, 0.0, 0.0]
+    assert rows["nf4, double, embeddings"]["by_seed"] != rows["none"]["by_seed"]
+    assert "| nf4, double, embeddings |" in capsys.readouterr().out
 
 
 def test_counted_products_are_those_that_torch_counts(tiny_decoder):
