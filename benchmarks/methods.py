@@ -211,7 +211,8 @@ def speed(
 ) -> dict[str, dict[str, Any]]:
     """Returns each method's seconds per optimizer step beside the reference's, and peak memory.
 
-    Every round times all methods, so that noise hits all. Linux tells the peak.
+    Every round times all methods, so that noise hits all, and nothing is kept from one step for
+    the next. Linux tells the peak.
     """
     seconds: dict[str, list[float]] = {method: [] for method in methods}
     peaks: dict[str, int] = {}
@@ -219,6 +220,7 @@ def speed(
     for _ in range(options.rounds):
         for method in methods:
             config = configured(name, folder, method, base, options)
+            config = with_training(config, SEEDS[0], bottom_cache="off")
             run = start(config, options.work / "speed", base)
             with _given_back(run):
                 trained = [p for p in base.model.parameters() if p.requires_grad]
