@@ -25,7 +25,7 @@ from benchmarks.peers.ours import score_head
 from benchmarks.peers.setting import Setting, setting, synthetic
 from peftrank.base import load_base
 from peftrank.model import RankingModel, move
-from peftrank.prompts import in_rows, micro_batches, pack, token_count
+from peftrank.prompts import computed_tokens, in_rows, micro_batches, pack, token_count
 from peftrank.types import Batch, PromptTree, Slate
 
 HISTORY, CANDIDATES = 10, 20
@@ -68,7 +68,7 @@ def measured(
     tokens = {}
     for size in sizes:
         tree = given.template(history_length=size[0]).tree(slate(*size))
-        computed = sum(int((batch.segment_ids >= 0).sum()) for batch in passes(given, tree))
+        computed = sum(map(computed_tokens, passes(given, tree)))
         tokens[size] = token_count(tree), computed
         cases[size] = scoring(given, tree)
         cases[size, "one row"] = scoring(given, tree, one_row=True)
@@ -121,7 +121,7 @@ def passes(given: Setting, tree: PromptTree) -> list[Batch]:
     parts = in_rows(tree, most=given.micro_tokens)
     pad = given.base.pad_token_id
     return [
-        pack([parts[i] for i in group], pad_token_id=pad)
+        pack([parts[i] for i in group], pad_token_id=pad, once=given.base.is_decoder)
         for group in micro_batches(parts, given.micro_tokens)
     ]
 
@@ -138,7 +138,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['base']}, {result['quantization']}, {result['compute_dtype']}; "
         f"{result['clock']} seconds",
         "",
-        "| history | candidates | tokens | with repeated trunks | seconds, in those of the first "
+        "| history | candidates | tokens | computed | seconds, in those of the first "
         "| per token | in one row |",
         "|--:|--:|--:|--:|--:|--:|--:|",
     ]

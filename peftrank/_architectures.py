@@ -22,7 +22,7 @@ class KeysValues(Protocol):
     """What stands in the place of transformers' cache: attention modules use `update` alone."""
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Returns a block's keys and values (R, K, P + T, D), those known from before first."""
+        """Returns the keys and values (R, K, P, D) that a block's tokens see, from their own."""
 
 
 DECODERS = ("gemma", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
@@ -105,15 +105,15 @@ def positions(config: PretrainedConfig, position_ids: Tensor) -> Tensor:
 
 
 def layer_masks(
-    config: PretrainedConfig, mask: Tensor, position_ids: Tensor, past_ids: Tensor | None = None
+    config: PretrainedConfig, mask: Tensor, position_ids: Tensor, key_ids: Tensor | None = None
 ) -> Tensor | dict[str, Tensor]:
     """Returns the mask, or masks by layer type, as the model's forward takes them.
 
     Args:
         config: The model's config.
-        mask: (R, 1, T, P + T) additive.
+        mask: (R, 1, T, P) additive.
         position_ids: (R, T) depths.
-        past_ids: (R, P) depths of the tokens known from before; None: P is 0.
+        key_ids: (R, P) depths of the tokens that may be seen; None: they are the same.
     """
     kind = config.model_type
     window = config.sliding_window if kind in (*_LAYERED_MASKS, "mistral", "phi3") else None
@@ -121,7 +121,7 @@ def layer_masks(
         return mask
     # Transformers uses a 4-D mask as it is, in sliding layers too. Depth differences on a path
     # are token distances, so the window can be applied exactly here.
-    keys = position_ids if past_ids is None else torch.cat([past_ids, position_ids], dim=1)
+    keys = position_ids if key_ids is None else key_ids
     far = position_ids.unsqueeze(2) - keys.unsqueeze(1) >= window
     near = mask.masked_fill(far.unsqueeze(1), torch.finfo(mask.dtype).min)
     if kind in _LAYERED_MASKS:
@@ -156,7 +156,7 @@ def run_blocks(
     *,
     first: int,
     last: int,
-    past_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
     reading: KeysValues | None = None,
 ) -> Tensor:
     """Returns what leaves block `last - 1` when `states` (R, T, H) enter block `first`.
@@ -164,15 +164,16 @@ def run_blocks(
     Args:
         model: The causal-LM class of a decoder, or an encoder.
         states: (R, T, H).
-        mask: (R, 1, T, P + T) additive.
+        mask: (R, 1, T, P) additive.
         position_ids: (R, T) depths.
         first: Index of a block.
         last: One past the index of a block; the norm behind the last block is not applied.
-        past_ids: See `layer_masks`.
-        reading: Holds the keys and values of the P tokens known from before; for decoders.
+        key_ids: See `layer_masks`.
+        reading: Gives the keys and values of the P tokens that may be seen; for decoders. None:
+            they are those of the T tokens.
     """
     config, stack = model.config, blocks(model)
-    masks = layer_masks(config, mask, position_ids, past_ids)
+    masks = layer_masks(config, mask, position_ids, key_ids)
     depth = positions(config, position_ids)
     rotary: dict[str, Any] = {}
     for index in range(first, last):

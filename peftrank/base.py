@@ -186,21 +186,21 @@ class Base:
         )
         return final_norm(self.model, states)
 
-    def states_after(
+    def states_reading(
         self,
         reading: KeysValues,
-        past_ids: Tensor,
+        key_ids: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
         position_ids: Tensor,
     ) -> Tensor:
-        """Returns the last hidden states (R, T, H) of tokens behind others known from before.
+        """Returns the last hidden states (R, T, H) of tokens that see keys from elsewhere.
 
         Args:
-            reading: Holds the keys and values of these, and is shown those of the tokens.
-            past_ids: (R, P) long depths of what is known.
+            reading: Is shown the keys and values of the tokens, and gives those that they see.
+            key_ids: (R, P) long depths of what may be seen.
             input_ids: (R, T) long.
-            attention_mask: (R, 1, T, P + T) additive.
+            attention_mask: (R, 1, T, P) additive.
             position_ids: (R, T) long depths.
         """
         _check_mask(attention_mask)
@@ -211,7 +211,7 @@ class Base:
             position_ids,
             first=0,
             last=self.num_layers,
-            past_ids=past_ids,
+            key_ids=key_ids,
             reading=reading,
         )
         return final_norm(self.model, states)

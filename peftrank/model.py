@@ -11,11 +11,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from peftrank._architectures import KeysValues
 from peftrank.attention import attention_mask
 from peftrank.base import Base
-from peftrank.types import Batch
+from peftrank.types import Batch, Once
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,44 @@ def hidden_states(
     mask = attention_mask(batch, causal=base.is_decoder, dtype=base.compute_dtype)
     with _precision(base):
         if batch.past is not None and reading is not None:
-            past_ids = batch.past.position_ids
-            return base.states_after(reading, past_ids, batch.input_ids, mask, batch.position_ids)
+            key_ids = torch.cat([batch.past.position_ids, batch.position_ids], dim=1)
+            return base.states_reading(reading, key_ids, batch.input_ids, mask, batch.position_ids)
+        if batch.once is not None and entering is None:
+            return _computed_once(base, batch, batch.once, mask)
         if entering is None:
             return base.hidden_states(batch.input_ids, mask, batch.position_ids)
         return base.states_above(entering.layer, entering.states, mask, batch.position_ids)
+
+
+def _computed_once(base: Base, batch: Batch, once: Once, mask: Tensor) -> Tensor:
+    """Returns the states (R, T, H) of rows, of which each token is computed in one of them."""
+    row, place = once.row[:, None], once.place.clamp(min=0)
+    states = base.states_reading(
+        _Gathered(once.found[once.row]),
+        batch.position_ids[once.row],
+        batch.input_ids[row, place],
+        mask[row, 0, place][:, None],
+        batch.position_ids[row, place],
+    )
+    return functional.embedding(once.found, states.flatten(0, 1))
+
+
+class _Gathered:
+    """The keys and values that rows see, wherever among the tokens of a pass they are computed."""
+
+    def __init__(self, found: Tensor):
+        """`found`: (C, P) long; indices into the flattened tokens of the pass."""
+        self._found = found
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Returns a block's keys and values (C, K, P, D)."""
+        return self._of_rows(keys), self._of_rows(values)
+
+    def _of_rows(self, computed: Tensor) -> Tensor:
+        rows, heads, tokens, width = computed.shape
+        flat = computed.transpose(1, 2).reshape(rows * tokens, heads * width)
+        found = functional.embedding(self._found, flat)
+        return found.view(*self._found.shape, heads, width).transpose(1, 2)
 
 
 def states_below(base: Base, batch: Batch, layer: int) -> Tensor:
@@ -103,4 +137,7 @@ def move(batch: Batch, device: torch.device) -> Batch:
             segment_ids=past.segment_ids.to(device),
             position_ids=past.position_ids.to(device),
         )
+    if batch.once is not None:
+        once = batch.once
+        moved["once"] = Once(*(t.to(device) for t in (once.row, once.place, once.found)))
     return replace(batch, **moved)

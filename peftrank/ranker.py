@@ -622,6 +622,7 @@ class Ranker:
             row_tokens=self._row_tokens,
             groups=[keys[one._domain, one._adapter] for one in prepared],
             known=None if self._prefixes is None else [len(found) for found in known],
+            once=self.base.is_decoder,
         )
         batch = move(batch, self.base.device)
         reading = None if batch.past is None else Reading(batch.past, known)

@@ -117,6 +117,22 @@ class Past:
 
 
 @dataclass(frozen=True)
+class Once:
+    """How the tokens of a batch are computed once each, although several of its rows hold them.
+
+    There are C computed rows of L tokens. Each holds tokens of one of the batch's rows, and sees
+    the keys and values of that whole row, wherever they are computed.
+    """
+
+    row: Tensor
+    """(C,) long; which of the batch's rows."""
+    place: Tensor
+    """(C, L) long; which of that row's tokens, -1 at padding."""
+    found: Tensor
+    """(R, T) long; where among the C * L computed tokens each of the batch's is; 0 at padding."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """Several prompt trees packed into rows, with everything a readout and a loss need.
 
@@ -164,3 +180,6 @@ class Batch:
     were packed as one group."""
     past: Past | None = None
     """Segments that are known and so not in `input_ids`; None where none was looked for."""
+    once: Once | None = None
+    """Where tokens that several rows hold are computed; None: in every row. Whoever does not heed
+    it computes the same, more often."""

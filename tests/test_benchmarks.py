@@ -6,6 +6,7 @@ import torch
 
 from benchmarks import (
     data,
+    effects,
     games,
     inference,
     lengths,
@@ -14,6 +15,7 @@ from benchmarks import (
     quantization,
     startup,
     streaming,
+    successive,
     training,
 )
 from benchmarks.peers import compare, generated, letters, ours, pointwise, pointwise_kv
@@ -287,6 +289,50 @@ def test_quantizations_are_compared_on_the_same_seeds(
     assert rows["none"]["against_none"] == [0.0, 0.0, 0.0]
     assert rows["nf4, double, embeddings"]["by_seed"] != rows["none"]["by_seed"]
     assert "| nf4, double, embeddings |" in capsys.readouterr().out
+
+
+def test_successive_lists_are_measured_beside_one_list_per_tree(
+    tiny_decoder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(successive, "load_base", lambda name, **_: tiny_decoder)
+    found = tmp_path / "successive.json"
+    options = ["--lists=4", "--history", "12", "--candidates=2", "--rounds=1", "--processor"]
+    successive.main([*options, f"--json={found}"])
+    result = json.loads(found.read_text(encoding="utf-8"))
+    rows = {(row["work"], row["case"]): row for row in result["rows"]}
+    assert list(rows) == [(w, c) for w in successive.WORK for c in successive.CASES]
+    assert rows["scoring", successive.ALONE]["ratio"] == {"median": 1, "low": 1, "high": 1}
+    assert rows["training", successive.ONCE]["token_ratio"] > 2
+    assert [goal["at_least"] for goal in result["goals"]] == [3.0, 3.0]
+    assert capsys.readouterr().out.count("| once |") == 2
+
+
+def test_what_a_setting_changes_is_measured_list_by_list(
+    prepared, tmp_path, tiny_decoder, monkeypatch, capsys
+):
+    monkeypatch.setattr(effects, "load_base", lambda name, **_: tiny_decoder)
+    found = tmp_path / "effects.json"
+    arguments = [f"--data=games={prepared}", "--steps=2", "--seeds=2", "--train=16", "--test=5"]
+    arguments += ["--set", "method={name: lora}", "--set", "training.batch_size=4"]
+    arguments += ["--set", "readout={name: identifier}", "--set", "prompt.mode=joint"]
+    arguments += ["--case", "high: {training.learning_rate: 0.5}", "--untrained"]
+    arguments += [f"--work={tmp_path / 'work'}", f"--json={found}"]
+    effects.main(arguments)
+    result = json.loads(found.read_text(encoding="utf-8"))
+    rows = {row["case"]: row for row in result["rows"]}
+    assert list(rows) == [effects.GIVEN, "high", effects.UNTRAINED]
+    assert result["lists"] == {"train": 16, "test": 5}
+    first, high = rows[effects.GIVEN], rows["high"]
+    assert first["difference"] is None
+    assert high["difference"][0] == pytest.approx(high["ndcg@10"] - first["ndcg@10"])
+    assert [len(row["by_seed"]) for row in rows.values()] == [2, 2, 1]
+    assert "| high |" in capsys.readouterr().out
+
+    def fail(*_, **__):
+        raise AssertionError("this was finished before")
+
+    monkeypatch.setattr(effects, "train", fail)
+    effects.main(arguments)
 
 
 def test_counted_products_are_those_that_torch_counts(tiny_decoder):

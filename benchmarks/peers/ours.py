@@ -21,7 +21,12 @@ MODES = ("isolated", "joint", "set")
 
 
 def training(
-    setting: Setting, *, mode: str = "isolated", packing: bool = True, logits: bool = False
+    setting: Setting,
+    *,
+    mode: str = "isolated",
+    packing: bool = True,
+    once: bool = True,
+    logits: bool = False,
 ) -> Case:
     """Returns a step over all slates, with the ListNet loss.
 
@@ -29,6 +34,7 @@ def training(
         setting: What all cases share.
         mode: Of the prompt.
         packing: Several slates in a row, sharing what they have in common; else a row each.
+        once: With packing: what several rows hold is computed in one of them.
         logits: Score by the Yes and No logits out of those of all tokens and words, as a
             causal-LM class gives them, instead of by a small head on the candidates' states.
     """
@@ -38,7 +44,7 @@ def training(
     trees = setting.trees(mode=mode)
 
     def losses() -> Iterator[Tensor]:
-        for batch in _passes(setting, trees, packing):
+        for batch in passes(setting, trees, packing=packing, once=once):
             yield loss(score(batch), batch.labels, batch.mask).sum() / len(trees)
 
     return Case(step(setting, losses, *readout.parameters()), sum(map(token_count, trees)))
@@ -49,6 +55,7 @@ def scoring(
     *,
     mode: str = "isolated",
     packing: bool = True,
+    once: bool = True,
     logits: bool = False,
     readout: nn.Module | None = None,
 ) -> Case:
@@ -58,6 +65,7 @@ def scoring(
         setting: What all cases share.
         mode: Of the prompt.
         packing: See `training`.
+        once: See `training`.
         logits: See `training`.
         readout: Absent: a new score_head.
     """
@@ -71,7 +79,7 @@ def scoring(
     def run() -> list[list[float]]:
         setting.adapted.eval()
         found: dict[str, list[float]] = {}
-        for batch in _passes(setting, trees, packing):
+        for batch in passes(setting, trees, packing=packing, once=once):
             rows = score(batch).tolist()
             for name, row in zip(batch.slate_ids, rows, strict=True):
                 found[name] = row[: sizes[name]]
@@ -131,7 +139,10 @@ def score_head(setting: Setting) -> nn.Module:
     return made.to(base.device)
 
 
-def _passes(setting: Setting, trees: list[PromptTree], packing: bool) -> Iterator[Batch]:
+def passes(
+    setting: Setting, trees: list[PromptTree], *, packing: bool = True, once: bool = True
+) -> Iterator[Batch]:
+    """Yields the batches of forward passes over trees; see `training`."""
     order = sorted(range(len(trees)), key=lambda i: -token_count(trees[i]))
     room = 512 if packing else 1
     for group in micro_batches([trees[i] for i in order], setting.micro_tokens, row_tokens=room):
@@ -140,6 +151,7 @@ def _passes(setting: Setting, trees: list[PromptTree], packing: bool) -> Iterato
             [trees[i] for i in chosen],
             pad_token_id=setting.base.pad_token_id,
             row_tokens=room,
+            once=packing and once and setting.base.is_decoder,
             labels=[setting.slates[i].labels for i in chosen],
         )
         yield move(batch, setting.device)

@@ -2,6 +2,7 @@
 
 from peftrank.prompts.pack import (
     collate,
+    computed_tokens,
     feature_tensor,
     in_rows,
     micro_batches,
@@ -15,6 +16,7 @@ from peftrank.prompts.tree import render, separate_token_count, token_count
 __all__ = [
     "PromptTemplate",
     "collate",
+    "computed_tokens",
     "feature_tensor",
     "in_rows",
     "micro_batches",

@@ -4,8 +4,9 @@ All trees of a batch form one trie, whose nodes are segments: equal tokens under
 one node. A row is a set of nodes that holds, with each tree, the tree's whole path. So slates share
 their preamble in a row, and lists shown to one user share the history. Markers see the rest of
 their own slate, so they are never shared between slates. A long list of candidates that do not see
-each other lies in several rows, with the trunk in each. It knows no text but through `collate`, and
-no model.
+each other lies in several rows, with the trunk in each. Where a base can read keys and values of
+other rows, what several rows hold is computed in one of them (`Batch.once`). It knows no text but
+through `collate`, and no model.
 
 Relatives: Prefix Grouper (arXiv 2506.05433), Tree Training (arXiv 2511.00413).
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 from peftrank.errors import DataError
 from peftrank.prompts.template import PromptTemplate
 from peftrank.prompts.tree import branches, ends, last_of_trunk, split, token_count
-from peftrank.types import Batch, Past, PromptTree, Slate
+from peftrank.types import Batch, Once, Past, PromptTree, Slate
 
 _PLACES = ("row", "end", "start", "stop", "before", "trunk", "mask")
 _TIGHTER = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75)
@@ -33,6 +34,9 @@ _ATTENTION_TOKENS = 1024
 _TRUNKS = 3
 """A long list's rows are so many trunks long, if `row_tokens` is less: longer ones repeat the trunk
 less often, shorter ones attend to less."""
+_KEY = 0.1
+"""What a row's key costs that is brought from where it was computed, in time and memory, beside a
+token (SmolLM2-135M)."""
 
 
 def collate(
@@ -75,6 +79,7 @@ def pack(
     features: Tensor | None = None,
     groups: Sequence[int] | None = None,
     known: Sequence[int] | None = None,
+    once: bool = False,
 ) -> Batch:
     """Returns trees packed into rows; what a candidate sees is its own path, whatever lies beside.
 
@@ -94,6 +99,8 @@ def pack(
             adapters. They then share no tokens, and `spans` says which tokens are whose.
         known: Per tree, how many of its segments from the root on need not be computed. They go
             to `past`; never the last of a trunk, where readouts read.
+        once: Whether the base can compute what rows share in one of them, as decoders can. The
+            batch then says how, where that costs less. Not together with `known`.
 
     Raises:
         DataError: no trees, or labels or weights that do not fit the candidates.
@@ -109,14 +116,16 @@ def pack(
     nodes = [
         trie.add(part, g, s, k) for part, g, s, k in zip(parts, group, slate, before, strict=True)
     ]
-    plan = [
-        sorted(members, key=group.__getitem__) for members in _plan(trie, parts, nodes, row_tokens)
-    ]
+    chosen, shared = _plan(trie, parts, nodes, row_tokens, once and known is None)
+    plan = [sorted(members, key=group.__getitem__) for members in chosen]
     plan.sort(key=lambda members: group[members[0]])  # few, long spans
     rows = [_row(trie, nodes, members) for members in plan]
+    computed, starts = _once(rows) if shared else (None, _all_starts(rows))
+    size = max(row.size for row in rows) * len(rows) if computed is None else computed.place.numel()
     return Batch(
         **_token_tensors(trie, parts, nodes, rows, pad_token_id),
-        spans=() if groups is None else _spans(trie, rows),
+        once=computed,
+        spans=() if groups is None else _spans(trie, starts, size),
         **_candidate_tensors(trie, parts, slate, nodes, rows),
         letters=_letters(trees),
         labels=_labels(trees, labels),
@@ -295,14 +304,19 @@ def _row(trie: _Trie, nodes: Sequence[Sequence[int]], members: list[int]) -> _Ro
 
 
 def _plan(
-    trie: _Trie, trees: Sequence[PromptTree], nodes: Sequence[Sequence[int]], row_tokens: int
-) -> list[list[int]]:
-    """Returns which trees go to which row: of a few greedy plans, the one that costs least.
+    trie: _Trie,
+    trees: Sequence[PromptTree],
+    nodes: Sequence[Sequence[int]],
+    row_tokens: int,
+    once: bool,
+) -> tuple[list[list[int]], bool]:
+    """Returns which trees go to which row, and whether what rows share is computed once.
 
-    One plan ignores what trees share, as `micro_batches` does, and none with more tokens R * T is
-    taken, so that its promise holds. The others take row budgets under `row_tokens`, because rows
-    of equal length need no padding, and down to the longest tree, because trees that share nothing
-    should not pay for attention to each other.
+    Of a few greedy plans it is the one that costs least. One plan ignores what trees share, as
+    `micro_batches` does, and none in which more tokens are computed is taken, so that its promise
+    holds. The others take row budgets under `row_tokens`, because rows of equal length need no
+    padding, and down to the longest tree, because trees that share nothing should not pay for
+    attention to each other. Where sharing does not need a row, one has a row for every tree.
     """
     lengths = [trie.cost(node) for node in range(len(trie.tokens))]
     shared = [{node: lengths[node] for node in tree} for tree in nodes]
@@ -318,12 +332,57 @@ def _plan(
         held = [set(chain.from_iterable(nodes[tree] for tree in members)) for members in plan]
         return len(plan), max(sum(lengths[node] for node in row) for row in held)
 
-    def cost(plan: list[list[int]]) -> float:
-        rows, tokens = size(plan)
-        return rows * tokens * (1 + tokens / _ATTENTION_TOKENS)
+    def cost(computed: int, tokens: int) -> float:
+        return computed * (1 + tokens / _ATTENTION_TOKENS)
 
-    most = math.prod(size(plans[-1]))
-    return min((plan for plan in plans if math.prod(size(plan)) <= most), key=cost)
+    sizes = [size(plan) for plan in plans]
+    most = math.prod(sizes[-1])
+    costs = [
+        (cost(rows * tokens, tokens), index, False)
+        for index, (rows, tokens) in enumerate(sizes)
+        if rows * tokens <= most
+    ]
+    if once:
+        plans.append([[tree] for tree in range(len(nodes))])
+        sizes.append((len(nodes), longest))
+        for index, plan in enumerate(plans):
+            fresh = _fresh(plan, nodes, lengths)
+            tokens = sizes[index][1]
+            rows, length = _divided(fresh, tokens)
+            if rows * length <= most:
+                gathered = _KEY * rows * tokens
+                costs.append((cost(rows * length, tokens) + gathered, index, True))
+    _, best, gathers = min(costs)
+    return plans[best], gathers
+
+
+def _fresh(
+    plan: Sequence[Sequence[int]], nodes: Sequence[Sequence[int]], lengths: Sequence[int]
+) -> list[int]:
+    """Returns the tokens of each row that no earlier row holds."""
+    seen: set[int] = set()
+    found = []
+    for members in plan:
+        new = set(chain.from_iterable(nodes[tree] for tree in members)) - seen
+        found.append(sum(lengths[node] for node in new))
+        seen |= new
+    return found
+
+
+def _divided(fresh: Sequence[int], keys: int) -> tuple[int, int]:
+    """Returns how many rows of which length compute the tokens for least, padding included.
+
+    Each of them holds tokens of one row and sees `keys` keys, so many short ones cost more.
+    """
+    sizes = np.array([tokens for tokens in fresh if tokens])
+    lengths = {-(-int(tokens) // parts) for tokens in set(sizes.tolist()) for parts in (1, 2, 3, 4)}
+
+    def cost(length: int) -> float:
+        rows = int((-(-sizes // length)).sum())
+        return rows * (length * (1 + keys / _ATTENTION_TOKENS) + _KEY * keys)
+
+    best = min(sorted(lengths), key=cost)
+    return int((-(-sizes // best)).sum()), best
 
 
 def _place(trees: Sequence[Mapping[int, int]], row_tokens: int) -> list[list[int]]:
@@ -397,19 +456,68 @@ def _token_tensors(
     }
 
 
-def _spans(trie: _Trie, rows: Sequence[_Row]) -> tuple[tuple[int, int, int], ...]:
-    """Returns (group, start, stop) over the flattened rows, neighbours of a group merged."""
+Starts = list[tuple[int, int]]
+"""(node, first of its tokens among all that are computed), in order."""
+
+
+def _all_starts(rows: Sequence[_Row]) -> Starts:
+    """Returns where nodes begin in the flattened rows."""
     tokens = max(row.size for row in rows)
-    spans: list[tuple[int, int, int]] = []
-    for r, row in enumerate(rows):
-        for i, (node, start) in enumerate(zip(row.nodes, row.starts, strict=True)):
-            group, first = trie.group[node], r * tokens + int(start)
-            if not spans or spans[-1][0] != group:
-                spans.append((group, first, first))
-            last = i == len(row.nodes) - 1
-            stop = (r + 1) * tokens if last else first + int(row.lengths[i])
-            spans[-1] = (group, spans[-1][1], stop)
-    return tuple(spans)
+    return [
+        (node, r * tokens + int(start))
+        for r, row in enumerate(rows)
+        for node, start in zip(row.nodes, row.starts, strict=True)
+    ]
+
+
+def _once(rows: Sequence[_Row]) -> tuple[Once, Starts]:
+    """Returns how every node is computed in the first row that holds it, and where it then is."""
+    seen: set[int] = set()
+    own = []
+    for row in rows:
+        own.append([i for i, node in enumerate(row.nodes) if node not in seen])
+        seen.update(row.nodes)
+    fresh = [int(row.lengths[new].sum()) for row, new in zip(rows, own, strict=True)]
+    count, length = _divided(fresh, max(row.size for row in rows))
+    of = np.zeros(count, dtype=np.int64)
+    place = np.full((count, length), -1, dtype=np.int64)
+    found = np.zeros((len(rows), max(row.size for row in rows)), dtype=np.int64)
+    start: dict[int, int] = {}
+    first = 0
+    for r, (row, new) in enumerate(zip(rows, own, strict=True)):
+        used = -(-fresh[r] // length)
+        of[first : first + used] = r
+        tokens = [np.arange(row.starts[i], row.starts[i] + row.lengths[i]) for i in new]
+        if tokens:  # successive rows are one stretch of the flattened ones
+            place.reshape(-1)[first * length :][: fresh[r]] = np.concatenate(tokens)
+        at = first * length
+        for i in new:
+            start[row.nodes[i]] = at
+            at += int(row.lengths[i])
+        begin = np.array([start[node] for node in row.nodes], dtype=np.int64)
+        found[r, : row.size] = np.arange(row.size)
+        found[r, : row.size] += np.repeat(begin - row.starts, row.lengths)
+        first += used
+    once = Once(*(torch.from_numpy(array) for array in (of, place, found)))
+    return once, list(start.items())
+
+
+def _spans(trie: _Trie, starts: Starts, size: int) -> tuple[tuple[int, int, int], ...]:
+    """Returns (group, start, stop) over all `size` computed tokens, neighbours of a group merged.
+
+    Padding belongs to the group before it.
+    """
+    firsts = [(trie.group[node], first) for node, first in starts]
+    changes = [each for i, each in enumerate(firsts) if i == 0 or each[0] != firsts[i - 1][0]]
+    stops = [*(first for _, first in changes[1:]), size]
+    return tuple((group, first, stop) for (group, first), stop in zip(changes, stops, strict=True))
+
+
+def computed_tokens(batch: Batch) -> int:
+    """Returns the tokens that pass through the base, padding left out."""
+    if batch.once is not None:
+        return int((batch.once.place >= 0).sum())
+    return int((batch.segment_ids >= 0).sum())
 
 
 def _candidate_tensors(

@@ -28,6 +28,7 @@ from peftrank.config import Config
 from peftrank.errors import PeftRankError
 from peftrank.metrics import per_slate
 from peftrank.model import Entering, RankingModel
+from peftrank.prompts import computed_tokens
 from peftrank.readouts.multi_task import RANK
 from peftrank.training import checkpoint, distributed
 from peftrank.training.ahead import ahead
@@ -340,7 +341,7 @@ def _try_passes(run: Run, slates: Sequence[Slate]) -> tuple[float, float]:
         value = losses.sum() * (float(counts) / len(slates))
         accelerator.backward(value)
         loss += float(value.detach())
-        tokens += int((batch.segment_ids >= 0).sum()) if counts else 0
+        tokens += computed_tokens(batch) if counts else 0
     return loss, tokens
 
 

@@ -122,6 +122,16 @@ class Run:
         """Of the training and validation slates."""
         return f"{fingerprint(self.train)} {fingerprint(self.valid)}"
 
+    @property
+    def shares(self) -> bool:
+        """Whether a pass can compute once what its rows share.
+
+        Not where blocks are computed again, which their keys and values do not outlive, and not
+        where they are gathered from other processes or begin in the middle.
+        """
+        checkpointing = self.config.training.gradient_checkpointing
+        return self.base.is_decoder and not (checkpointing or self.sharded or self.bottoms)
+
     @cached_property
     def _valid_ids(self) -> frozenset[int]:
         return frozenset(map(id, self.valid))
@@ -436,6 +446,7 @@ def passes(run: Run, slates: Sequence[Slate]) -> Iterator[tuple[list[Slate], Bat
         batch = pack(
             [trees[i] for i in group],
             pad_token_id=run.base.pad_token_id,
+            once=run.shares,
             labels=[slate.labels for slate in part],
             weights=[slate.weights for slate in part],
             tasks=task_tensor(part, tuple(run.objective.tasks)) if run.objective.tasks else None,
