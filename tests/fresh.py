@@ -1,8 +1,14 @@
-"""Scores of one adapter in a process of its own. Imported by that process too."""
+"""Scores of adapters in a process of its own. Imported by that process too."""
 
 
 def scores(base: str, adapter: str, slates: str) -> list:
     """Returns an adapter's scores, with nothing else ever loaded."""
+    options = {"name": base, "quantization": "none", "compute_dtype": "float32", "device": "cpu"}
+    return all_scores([(options, adapter)], slates)[0]
+
+
+def all_scores(jobs: list, slates: str) -> list:
+    """Returns the scores of each adapter on each base, given as arguments of `load_base`."""
     import torch
 
     from peftrank.base import load_base
@@ -10,6 +16,9 @@ def scores(base: str, adapter: str, slates: str) -> list:
     from peftrank.ranker import Ranker
 
     torch.set_num_threads(1)
-    loaded = load_base(base, quantization="none", compute_dtype="float32", device="cpu")
-    with Ranker(loaded) as ranker:
-        return ranker.score(read_slates(slates), domain=ranker.load_adapter(adapter))
+    found = []
+    for base, adapter in jobs:
+        with Ranker(load_base(**base)) as ranker:
+            name = ranker.load_adapter(adapter)
+            found.append(ranker.score(list(read_slates(slates)), domain=name))
+    return found

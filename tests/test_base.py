@@ -7,61 +7,12 @@ import threading
 
 import pytest
 import torch
-import transformers
 from peft import LoraConfig, get_peft_model
+from tiny import DECODERS, ENCODERS, tiny_model
 
 from peftrank import _architectures, _checkpoints
 from peftrank.base import base_from_model, load_base, state_hash
 from peftrank.errors import BaseModelError, ConfigError
-
-_DECODERS = {
-    "gemma": ("Gemma", {"head_dim": 8}),
-    "gemma3_text": ("Gemma3", {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}),
-    "llama": ("Llama", {}),
-    "mistral": ("Mistral", {"sliding_window": 4}),
-    "phi3": ("Phi3", {"sliding_window": 4}),
-    "qwen2": (
-        "Qwen2",
-        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-    ),
-    "qwen3": ("Qwen3", {"head_dim": 8}),
-    "smollm3": ("SmolLM3", {}),
-}
-_ENCODERS = {
-    "bert": ("Bert", {}),
-    "camembert": ("Camembert", {}),
-    "distilbert": ("DistilBert", {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}),
-    "electra": ("Electra", {"embedding_size": 16}),
-    "roberta": ("Roberta", {}),
-    "xlm-roberta": ("XLMRoberta", {}),
-}
-_SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 1,
-}
-
-
-def _tiny(kind, vocab_size, **changes):
-    """A random 2-layer model of a kind, float32, from a fixed seed."""
-    decoder = kind in _DECODERS
-    stem, own = (_DECODERS if decoder else _ENCODERS)[kind]
-    shape = {**_SHAPE, **({"num_key_value_heads": 2} if decoder else {}), **own, **changes}
-    if kind == "distilbert":
-        for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            del shape[key]
-    config_name = "Gemma3TextConfig" if kind == "gemma3_text" else f"{stem}Config"
-    config = getattr(transformers, config_name)(
-        vocab_size=vocab_size, attn_implementation="sdpa", **shape
-    )
-    model = getattr(transformers, f"{stem}ForCausalLM" if decoder else f"{stem}Model")
-    extra = {"add_pooling_layer": False} if kind in _architectures.POOLED else {}
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return model(config, **extra).eval()
 
 
 def _inputs(base, rows=2, tokens=10):
@@ -76,10 +27,10 @@ def _inputs(base, rows=2, tokens=10):
     return ids, mask.expand(rows, 1, -1, -1), torch.arange(tokens).expand(rows, -1)
 
 
-@pytest.mark.parametrize("kind", [*_DECODERS, *_ENCODERS])
+@pytest.mark.parametrize("kind", [*DECODERS, *ENCODERS])
 def test_hidden_states_equal_the_models_own_forward(kind, tokenizer, bert_tokenizer):
-    tokens = tokenizer if kind in _DECODERS else bert_tokenizer
-    base = base_from_model(_tiny(kind, len(tokens)), tokens, name=kind)
+    tokens = tokenizer if kind in DECODERS else bert_tokenizer
+    base = base_from_model(tiny_model(kind, len(tokens)), tokens, name=kind)
     ids, mask, positions = _inputs(base)
     with torch.no_grad():
         got = base.hidden_states(ids, mask, positions)
@@ -92,10 +43,10 @@ def test_hidden_states_equal_the_models_own_forward(kind, tokenizer, bert_tokeni
     assert base.identity.architecture == kind
 
 
-@pytest.mark.parametrize("kind", [*_DECODERS, *_ENCODERS])
+@pytest.mark.parametrize("kind", [*DECODERS, *ENCODERS])
 def test_the_lower_layers_and_then_the_upper_ones_are_the_whole(kind, tokenizer, bert_tokenizer):
-    tokens = tokenizer if kind in _DECODERS else bert_tokenizer
-    base = base_from_model(_tiny(kind, len(tokens)), tokens, name=kind)
+    tokens = tokenizer if kind in DECODERS else bert_tokenizer
+    base = base_from_model(tiny_model(kind, len(tokens)), tokens, name=kind)
     ids, mask, positions = _inputs(base)
     with torch.no_grad():
         whole = base.hidden_states(ids, mask, positions)
@@ -123,7 +74,7 @@ def test_layers_are_constant_below_all_that_was_added_or_trains(tiny_decoder):
 @pytest.mark.parametrize("kind", ["gemma3_text", "mistral", "phi3", "qwen2"])
 def test_a_sliding_window_is_applied_by_depth_on_a_shared_prefix(kind, tokenizer):
     # Two branches of 6 tokens after a trunk of 4; the window is 4, so it matters.
-    base = base_from_model(_tiny(kind, len(tokenizer)), tokenizer, name=kind)
+    base = base_from_model(tiny_model(kind, len(tokenizer)), tokenizer, name=kind)
     ids, _, _ = _inputs(base, rows=1, tokens=16)
     allowed = torch.ones(16, 16, dtype=torch.bool).tril()
     allowed[10:, 4:10] = False
@@ -160,7 +111,7 @@ def test_a_base_has_no_dropout_even_in_train_mode(tiny_encoder):
 
 
 def test_the_depth_limit_leaves_out_positions_roberta_reserves(tokenizer, bert_tokenizer):
-    roberta = base_from_model(_tiny("roberta", 200), bert_tokenizer, name="r")
+    roberta = base_from_model(tiny_model("roberta", 200), bert_tokenizer, name="r")
     assert roberta.max_depth == 64 - 2
     ids, mask, positions = _inputs(roberta, tokens=62)
     roberta.hidden_states(ids, mask, positions)
@@ -170,7 +121,9 @@ def test_the_depth_limit_leaves_out_positions_roberta_reserves(tokenizer, bert_t
         "short_factor": [1.0] * 4,
         "long_factor": [2.0] * 4,
     }
-    phi = _tiny("phi3", len(tokenizer), rope_parameters=rope, original_max_position_embeddings=32)
+    phi = tiny_model(
+        "phi3", len(tokenizer), rope_parameters=rope, original_max_position_embeddings=32
+    )
     assert base_from_model(phi, tokenizer, name="p").max_depth == 32
 
 
@@ -213,7 +166,7 @@ def test_a_mask_that_is_not_additive_and_4d_is_refused(mask, said, tiny_decoder)
 
 
 def test_attention_that_ignores_4d_masks_is_refused(tokenizer):
-    model = _tiny("llama", len(tokenizer))
+    model = tiny_model("llama", len(tokenizer))
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(BaseModelError, match="flash_attention_2"):
         base_from_model(model, tokenizer, name="x")
@@ -221,7 +174,7 @@ def test_attention_that_ignores_4d_masks_is_refused(tokenizer):
 
 def test_a_decoder_without_its_head_is_refused(tokenizer):
     with pytest.raises(BaseModelError, match="ForCausalLM"):
-        base_from_model(_tiny("llama", len(tokenizer)).model, tokenizer, name="x")
+        base_from_model(tiny_model("llama", len(tokenizer)).model, tokenizer, name="x")
 
 
 @pytest.mark.parametrize("kind", ["t5", "mamba", "gemma2", "vit", None])
@@ -332,7 +285,7 @@ def _check_evaluate_train_evaluate(base):
 
 
 def test_quantization_leaves_the_vocabulary_head_alone(tokenizer, load, tmp_path):
-    untied = _tiny("llama", len(tokenizer), tie_word_embeddings=False)
+    untied = tiny_model("llama", len(tokenizer), tie_word_embeddings=False)
     untied.save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     base = load(tmp_path / "m", quantization="nf4")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
-from test_base import _inputs, _tiny
+from test_base import _inputs
+from tiny import tiny_model
 
 from peftrank.bank import Bank
 from peftrank.base import base_from_model, state_hash
@@ -270,7 +271,7 @@ def test_every_kind_lives_through_peft_s_whole_life_on_every_type_of_base(
 ):
     """Trains, saves, loads, is chosen, disabled and deleted; LoRA files go on loading."""
     tokens = bert_tokenizer if architecture == "bert" else tokenizer
-    plain = base_from_model(_tiny(architecture, len(tokens)), tokens, name=architecture)
+    plain = base_from_model(tiny_model(architecture, len(tokens)), tokens, name=architecture)
     inputs = _inputs(plain)
     lora, lora_states = _trained(plain, Lora(total_steps=1, r=4), inputs, tmp_path / "lora")
     options = {"kind": "parallel", "scale": 4.0} if kind == "scaled parallel" else {"kind": kind}

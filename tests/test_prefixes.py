@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import DECODERS, tiny_model
 
 from peftrank.base import base_from_model
 from peftrank.model import hidden_states
@@ -13,7 +14,6 @@ from peftrank.prompts import pack
 from peftrank.prompts.tree import CandidateTokens, grow, last_of_trunk
 from peftrank.ranker import Ranker
 from peftrank.types import Item
-from tests.test_base import _DECODERS, _tiny
 from tests.test_prompts_pack import _trees
 from tests.test_ranker import publish
 
@@ -93,14 +93,14 @@ class TestPrefixes:
 @pytest.fixture(scope="module")
 def decoders(tokenizer):
     return {
-        kind: base_from_model(_tiny(kind, len(tokenizer)), tokenizer, name=kind)
-        for kind in _DECODERS
+        kind: base_from_model(tiny_model(kind, len(tokenizer)), tokenizer, name=kind)
+        for kind in DECODERS
     }
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    kind=st.sampled_from(sorted(_DECODERS)),
+    kind=st.sampled_from(sorted(DECODERS)),
     trees=_trees,
     shares=st.lists(st.floats(0, 1), min_size=6, max_size=6),
     row_tokens=st.integers(4, 40),

@@ -8,8 +8,9 @@ import peft
 import pytest
 import torch
 import yaml
+from published import save_published
 
-from peftrank import __version__, plugins, store
+from peftrank import plugins, store
 from peftrank.base import base_from_model, state_hash
 from peftrank.card import adapter_card
 from peftrank.errors import AdapterError, ConfigError, DataError
@@ -41,27 +42,22 @@ def publish(base, folder, domain, *, seed=1, features=(), mode="isolated", **man
     model = peft.get_peft_model(copied, method.config(copied))
     randomize(model, seed)
     method.finalize(model)
-    config, tensors = method.export(model)
+    exported = method.export(model)
     readout = plugins.load("readouts", "score_head").build(
         base.hidden_size, base.tokenizer, base.lm_head, feature_names=features
     )
     randomize(readout, seed)
     template = PromptTemplate(base.tokenizer, parts=PARTS, mode=mode)
-    values = {
-        "peftrank_version": __version__,
-        "method": {"name": name, "options": options},
-        "prompt": template.describe(),
-        "readout": {"name": "score_head", "options": {}, "feature_names": list(features)},
-        "base": dict(vars(base.identity)),
-        "config": {},
-        "metrics": {"ndcg@10": 0.51},
-        "data": {"counts": {"train": 2}},
-        "versions": {"torch": torch.__version__},
+    path = save_published(
+        folder,
+        domain,
+        base,
+        template,
+        readout,
+        METHODS[domain],
+        exported,
+        features=features,
         **manifest,
-    }
-    files = store.AdapterFiles(config.to_dict(), tensors, dict(readout.state_dict()), values)
-    path = store.save_adapter(
-        folder, domain, files, card=adapter_card({**values, "domain": domain})
     )
     adapted = base_from_model(copied, base.tokenizer, name="adapted")
     return path, RankingModel(adapted, readout.eval()), template

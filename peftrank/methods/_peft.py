@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from peftrank.errors import ConfigError
-from peftrank.methods import _state
+from peftrank.methods import _state, _whole
 from peftrank.methods._dequantized import has_unreadable
 from peftrank.methods._norms import block_norms
 from peftrank.methods._peft_types import KINDS, OWN, REFUSED
@@ -84,9 +84,10 @@ class PeftMethod:
 
         Raises:
             ConfigError: `targets` or `layers` match nothing in it, it is quantized and the method
-                reads weights, or PEFT refuses the options on it.
+                reads weights or adds in place, or PEFT refuses the options on it.
         """
-        if getattr(base_model, "is_quantized", False) and not KINDS[self.kind].quantized:
+        known = KINDS[self.kind]
+        if getattr(base_model, "is_quantized", False) and not known.quantized:
             raise ConfigError(
                 f"method peft:{self.kind} reads the base's weights themselves, and in PEFT only "
                 "where they are not quantized: set base.quantization=none, or use method lora."
@@ -96,6 +97,11 @@ class PeftMethod:
                 f"method peft:{self.kind} was never run on a GPTQ or AWQ checkpoint, whose layers "
                 "show no weights. Use method lora, adalora or adapter, or an unquantized "
                 "checkpoint of the same model."
+            )
+        if known.in_place and self._views(base_model):
+            raise ConfigError(
+                f"method peft:{self.kind} does not train in PEFT on an 8-bit base, nor on a 4-bit "
+                "one whose modules have biases: set base.quantization=none, or use method lora."
             )
         self._try(base_model)
         config = self._peft_config(self._paths(base_model))
@@ -128,9 +134,15 @@ class PeftMethod:
         return exported(model)
 
     def _paths(self, base_model: PreTrainedModel) -> list[str]:
-        if self.kind == "LN_TUNING":
-            return norm_paths(base_model, self.layers)
         return target_paths(base_model, self.targets, self.layers)
+
+    def _views(self, base_model: PreTrainedModel) -> bool:
+        """Returns whether a target's output is one that nothing may be added to in place."""
+        if getattr(base_model, "is_loaded_in_8bit", False):
+            return True
+        biases = (base_model.get_submodule(path).bias for path in self._paths(base_model))
+        four = bool(getattr(base_model, "is_loaded_in_4bit", False))
+        return four and any(bias is not None for bias in biases)
 
     def _peft_config(self, paths: list[str]) -> PeftConfig:
         try:
@@ -158,6 +170,25 @@ class PeftMethod:
             ) from error
 
 
+class NormTuning(PeftMethod):
+    """LN_TUNING, whose targets are norms; their copies train in float32, whatever the base's type.
+
+    PEFT's own are of the base's type, in which small steps of a bfloat16 weight round to nothing.
+    """
+
+    def export(self, model: PeftModel) -> tuple[PeftConfig, dict[str, Tensor]]:
+        """Returns PEFT's LN_TUNING file format: configuration and tensors."""
+        return _whole.exported(model)
+
+    def _paths(self, base_model: PreTrainedModel) -> list[str]:
+        return norm_paths(base_model, self.layers)
+
+    def _peft_config(self, paths: list[str]) -> PeftConfig:
+        config = super()._peft_config(paths)
+        config.peft_type = _whole.PEFT_TYPE
+        return config
+
+
 @cache
 def peft_method(name: str) -> Any:  # noqa: ANN401 - a method's class
     """Returns the class of one of PEFT's methods, its options as keyword-only parameters.
@@ -178,7 +209,8 @@ def peft_method(name: str) -> Any:  # noqa: ANN401 - a method's class
             f"unknown method peft:{name}{did_you_mean(name.upper(), names)}. "
             f"Available: {', '.join(f'peft:{known}' for known in names)}."
         )
-    return type(name, (PeftMethod,), _members(name))
+    parent = NormTuning if name == "LN_TUNING" else PeftMethod
+    return type(name, (parent,), _members(name))
 
 
 def _members(name: str) -> dict[str, Any]:

@@ -19,7 +19,10 @@ class PeftKind:
     starts_at_base: bool = True
     """Whether the untrained adapter changes nothing, up to rounding."""
     quantized: bool = True
-    """Whether it runs on 4- and 8-bit bases; the others read the weights themselves."""
+    """Whether it runs on 4-bit bases; the others read the weights themselves."""
+    in_place: bool = False
+    """Whether its layers add to the base's output in place, which a backward pass refuses for
+    8-bit modules, and for 4-bit ones with a bias."""
     learning_rate: float = 2e-3
     """Default peak learning rate."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -29,12 +32,12 @@ class PeftKind:
 KINDS: Mapping[str, PeftKind] = {
     "BEFT": PeftKind("arXiv 2509.15974"),
     "BOFT": PeftKind("arXiv 2311.06243", quantized=False),
-    "C3A": PeftKind("arXiv 2407.19342", defaults={"init_weights": True}),
+    "C3A": PeftKind("arXiv 2407.19342", in_place=True, defaults={"init_weights": True}),
     "DEFT": PeftKind("NeurIPS 2025, Decompositional Efficient Fine-Tuning", quantized=False),
     "DELORA": PeftKind("arXiv 2503.18225", quantized=False),
     "FOURIERFT": PeftKind("arXiv 2405.03003", learning_rate=3e-2, defaults={"init_weights": True}),
     "GLORA": PeftKind("arXiv 2306.07967", quantized=False),
-    "GRALORA": PeftKind("arXiv 2505.20355"),
+    "GRALORA": PeftKind("arXiv 2505.20355", in_place=True),
     "HIRA": PeftKind("openreview TwJrTz9cRS"),
     "HRA": PeftKind("arXiv 2405.17484", quantized=False),
     "LN_TUNING": PeftKind("arXiv 2312.11420", learning_rate=1e-2),
