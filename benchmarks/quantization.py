@@ -41,7 +41,7 @@ REFERENCE = "none"
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quantization", description=__doc__)
     parser.add_argument("--data", action="append", default=[], help="name=FOLDER, repeatable.")
-    parser.add_argument("--variants", default=";".join(VARIANTS), help="Some of them, by ';'.")
+    parser.add_argument("--variants", default=";".join(VARIANTS), help="Those to train on, by ';'.")
     parser.add_argument("--bytes-of", default="smollm2-135m,minilm-l6", help="Bases to count.")
     parser.add_argument("--base", default="minilm-l6")
     parser.add_argument("--dtype", default="float32", help="What the base computes in.")
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = options.variants.split(";")
     result: dict[str, Any] = {
         "machine": machine(),
-        "bytes": {name: sizes(name, chosen) for name in options.bytes_of.split(",")},
+        "bytes": {name: sizes(name) for name in options.bytes_of.split(",")},
         "base": options.base,
         "dtype": options.dtype,
         "layers": options.layers,
@@ -66,13 +66,13 @@ def main(arguments: list[str] | None = None) -> None:
     print(markdown(result))
 
 
-def sizes(name: str, variants: list[str]) -> dict[str, float]:
-    """Returns a base's bytes in each variant, beside those of its bfloat16 weights."""
+def sizes(name: str) -> dict[str, float]:
+    """Returns a base's bytes in every variant, beside those of its bfloat16 weights."""
     whole = load_base(name, quantization="none", compute_dtype="bfloat16", device="cpu")
     plain = held_bytes(whole)
     found = {}
-    for variant in variants:
-        made = {"compute_dtype": "bfloat16", "device": "cpu", **VARIANTS[variant]}
+    for variant, options in VARIANTS.items():
+        made = {"compute_dtype": "bfloat16", "device": "cpu", **options}
         found[variant] = held_bytes(load_base(name, **made)) / plain
     return {"bfloat16 bytes": plain, **found}
 

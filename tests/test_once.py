@@ -14,7 +14,7 @@ from peftrank.model import RankingModel, hidden_states, move
 from peftrank.prompts import PromptTemplate, computed_tokens, pack, token_count
 from peftrank.prompts.tree import CandidateTokens, grow
 from peftrank.types import Item
-from tests.test_base import _DECODERS, _tiny
+from tests.tiny import DECODERS, tiny_model
 from tests.test_prompts_pack import _trees
 
 PARTS = {"history": "- {{ title }}\n", "question": "Next:", "candidate": " {{ title }}"}
@@ -49,14 +49,14 @@ def distinct_tokens(trees):
 @pytest.fixture(scope="module")
 def decoders(tokenizer):
     return {
-        kind: base_from_model(_tiny(kind, len(tokenizer)), tokenizer, name=kind)
-        for kind in _DECODERS
+        kind: base_from_model(tiny_model(kind, len(tokenizer)), tokenizer, name=kind)
+        for kind in DECODERS
     }
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    kind=st.sampled_from(sorted(_DECODERS)),
+    kind=st.sampled_from(sorted(DECODERS)),
     trees=st.one_of(_trees, _trees.map(lambda trees: successive() + trees)),
     row_tokens=st.integers(4, 60),
 )
