@@ -14,8 +14,8 @@ from peftrank.model import RankingModel, hidden_states, move
 from peftrank.prompts import PromptTemplate, computed_tokens, pack, token_count
 from peftrank.prompts.tree import CandidateTokens, grow
 from peftrank.types import Item
-from tests.tiny import DECODERS, tiny_model
 from tests.test_prompts_pack import _trees
+from tests.tiny import DECODERS, tiny_model
 
 PARTS = {"history": "- {{ title }}\n", "question": "Next:", "candidate": " {{ title }}"}
 
