@@ -86,7 +86,8 @@ def test_the_bank_equals_a_trained_peft_model(base, method):
     untouched = hidden(base.model)
     with bank.using(news):
         got = hidden(base.model)
-    assert relative(got, expected) < 1e-6
+    # Of PiSSA's update two parts cancel, and what is left of their rounding differs by processor.
+    assert relative(got, expected) < (1e-5 if method == "pissa" else 1e-6)
     assert relative(untouched, expected) > 1e-3
 
 
