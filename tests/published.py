@@ -7,7 +7,7 @@ from peftrank.card import adapter_card
 
 
 def save_published(
-    folder, domain, base, template, readout, method, exported, *, features=(), **manifest
+    folder, domain, base, template, readout, method, exported, /, *, features=(), **manifest
 ):
     """Adds a version of a domain to the store `folder` and returns its path.
 
