@@ -26,6 +26,7 @@ import numpy as np
 import yaml
 
 from benchmarks.measure import RESULTS, describe, machine, write
+from benchmarks.methods import METRIC, pooled
 from peftrank.base import Base, load_base
 from peftrank.config import Config, load_config, override
 from peftrank.evaluation import Evaluation, compare, evaluate
@@ -36,7 +37,6 @@ from peftrank.training.data import folder_data, read_part
 from peftrank.training.run import prompt_arguments
 from peftrank.types import Slate
 
-METRIC = "ndcg@10"
 GIVEN = "as given"
 UNTRAINED = "untrained"
 COMMON: dict[str, Any] = {
@@ -157,11 +157,6 @@ def untrained(config: Config, base: Base, test: Sequence[Slate]) -> dict[str, An
         )
         values = evaluate(ranker, test, domain=domain, metrics=(METRIC,)).values[METRIC]
     return {"values": values.tolist()}
-
-
-def pooled(name: str, runs: Sequence[Mapping[str, Any]]) -> Evaluation:
-    """Returns the mean over seeds as one evaluation, so that intervals resample the lists."""
-    return Evaluation(name, {METRIC: np.mean([run["values"] for run in runs], axis=0)})
 
 
 def row(

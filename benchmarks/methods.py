@@ -17,7 +17,7 @@ import ctypes
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,7 @@ def with_training(config: Config, seed: int, **training: Any) -> Config:  # noqa
     return config.model_copy(update={"seed": seed, "training": changed})
 
 
-def pooled(name: str, runs: Sequence[dict[str, Any]]) -> Evaluation:
+def pooled(name: str, runs: Sequence[Mapping[str, Any]]) -> Evaluation:
     """Returns the mean over seeds as one evaluation, so that intervals resample the lists."""
     return Evaluation(name, {METRIC: np.mean([run["values"] for run in runs], axis=0)})
 
